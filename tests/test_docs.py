@@ -53,6 +53,11 @@ NOT_RUN = {
 # Commands that this file runs only with --dry-run, because other tests build their artifacts.
 PLANNED = {
     "toolchain bench --quick",
+    "toolchain bench --quick --model ./orders --data tests/orders.jsonl --label-column tags --variant torch-fp32 "
+    "--variant onnx-int8",
+    "toolchain bench --quick --model ./stars --data tests/reviews.csv --label-column stars --variant torch-fp32 "
+    "--variant onnx-int8",
+    "toolchain bench --quick --provider cpu --variant torch-fp32 --variant torch-compile --variant onnx-fp32",
     "toolchain bench --quick --provider cpu --variant torch-fp32 --variant onnx-int8",
     "toolchain export --no-pass residual-sum --name plain",
     "toolchain prune --ratio 0.5 --recover 1",

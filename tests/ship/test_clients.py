@@ -1,4 +1,6 @@
-"""Tests of bundles in Node, Python, OpenVINO and a browser, on the whole validation set.
+"""Tests of bundles in Node, Python, OpenVINO and a browser.
+
+The int8 models answer the whole validation set. The other models, which are slower and round less, answer a part of it.
 
 The clients' environments do not contain the toolchain. Some tests run on emulated processors. `make test-clients`
 installs the clients; the tests of a missing client are skipped.
@@ -31,6 +33,7 @@ CLIENTS = CACHE / "test-clients"
 PYTHON, OPENVINO, PHONE, TEXTS = (
     CLIENTS / name / "bin" / "python" for name in ("python", "openvino", "phone", "texts")
 )
+FEW, ALL = 200, 872  # numbers of validation sentences
 MOST_FLIPS = 5  # limit for the flips in 872 sentences, since kernels of different runtimes round differently
 
 pytestmark = pytest.mark.slow
@@ -66,22 +69,31 @@ def bundles(reference, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def validation_set(tmp_path_factory, reference):
-    """A folder with the validation set as texts and as tokens, in JSON."""
+    """A folder with the validation set as texts and as tokens, in JSON; a folder in it for each number of sentences."""
     folder = tmp_path_factory.mktemp("asked")
     data, manifest = inputs.load_embedded(), reference.load("onnx-int8").manifest
     encoder = Encoder.open(reference.path("onnx-int8"), ["input_ids", "attention_mask"], manifest.max_length)
-    (folder / "texts.json").write_text(json.dumps(data.texts))
-    (folder / "tokens.json").write_text(json.dumps(encoder.encode(data.texts)))
+    tokens = encoder.encode(data.texts)
+    for count in (FEW, ALL):
+        (folder / str(count)).mkdir()
+        (folder / str(count) / "texts.json").write_text(json.dumps(data.texts[:count]))
+        (folder / str(count) / "tokens.json").write_text(json.dumps(tokens[:count]))
     return folder
+
+
+def sentences_for(variant):
+    """Returns the number of validation sentences that a client answers with this variant."""
+    return ALL if "int8" in variant else FEW
 
 
 @pytest.fixture(scope="module")
 def logits_here(reference, validation_set):
-    """Returns a function that maps a variant to its logits of all validation sentences, computed one by one."""
-    rows = json.loads((validation_set / "tokens.json").read_text())
+    """Returns a function that maps a variant to its logits of the validation sentences, computed one by one."""
 
     @functools.cache
-    def reference_logits(variant):
+    def reference_logits(variant, count=None):
+        count = count or sentences_for(variant)
+        rows = json.loads((validation_set / str(count) / "tokens.json").read_text())
         session = open_session(reference.path(variant), "onnx", Place("cpu", 2))
         return np.concatenate([session.run(pad([row], ("input_ids", "attention_mask"), 0)) for row in rows])
 
@@ -114,8 +126,9 @@ def require_similar(answers, logits, scheme):
 @pytest.mark.parametrize(("dtype", "variant"), [("q8", "onnx-int8"), ("fp32", "onnx-fp32"), ("q4", "onnx-int4")])
 def test_transformers_js_on_node_gives_the_labels(bundles, validation_set, logits_here, dtype, variant):
     shutil.copy(TESTS / "clients" / "transformers.mjs", bundles)
-    output = json.loads(run(NODE, bundles / "transformers.mjs", bundles / "web", dtype, validation_set / "texts.json"))
-    assert len(output["answers"]) == 872
+    texts = validation_set / str(sentences_for(variant)) / "texts.json"
+    output = json.loads(run(NODE, bundles / "transformers.mjs", bundles / "web", dtype, texts))
+    assert len(output["answers"]) == sentences_for(variant)
     assert count_flips(output["answers"], logits_here(variant)) <= (0 if dtype == "fp32" else MOST_FLIPS)
 
 
@@ -124,7 +137,8 @@ def test_transformers_js_on_node_gives_the_labels(bundles, validation_set, logit
 def test_onnxruntime_on_node_gives_the_logits(bundles, validation_set, logits_here, variant):
     shutil.copy(TESTS / "clients" / "node.mjs", bundles)
     file = next(m for m in shipping.read(bundles / "web")["models"] if m["variant"] == variant)["file"]
-    output = json.loads(run(NODE, bundles / "node.mjs", bundles / "web", file, validation_set / "tokens.json"))
+    tokens = validation_set / str(sentences_for(variant)) / "tokens.json"
+    output = json.loads(run(NODE, bundles / "node.mjs", bundles / "web", file, tokens))
     require_similar(output["answers"], logits_here(variant), "fp32" if variant == "onnx-fp32" else "int8")
 
 
@@ -170,7 +184,8 @@ def test_the_bare_python_has_no_other_package():
 @pytest.mark.parametrize("variant", ["onnx-int8", "onnx-int8-portable"])
 def test_the_runner_gives_the_872_labels(bundles, validation_set, logits_here, variant):
     script = TESTS / "clients" / "bare.py"
-    labels = json.loads(run(PYTHON, script, bundles / "python", variant, validation_set / "texts.json"))["answers"]
+    texts = validation_set / str(ALL) / "texts.json"
+    labels = json.loads(run(PYTHON, script, bundles / "python", variant, texts))["answers"]
     assert count_flips(labels, logits_here(variant)) == 0  # The client and the test use the same kernels.
 
 
@@ -190,9 +205,8 @@ def test_a_graph_with_the_tokenizer_gives_the_872_labels(reference, validation_s
     order = Order(("onnx-int8",), "python", with_tokenizer=True)
     shipping.ship(reference, order, tmp_path / "b", lambda line: None, no_bar)
     assert "golden sentences passed" in run(TEXTS, "-I", tmp_path / "b" / "verify.py")
-    output = json.loads(
-        run(TEXTS, TESTS / "clients" / "bare.py", tmp_path / "b", "onnx-int8", validation_set / "texts.json")
-    )
+    texts = validation_set / str(ALL) / "texts.json"
+    output = json.loads(run(TEXTS, TESTS / "clients" / "bare.py", tmp_path / "b", "onnx-int8", texts))
     assert count_flips(output["answers"], logits_here("onnx-int8")) == 0
 
 
@@ -218,15 +232,15 @@ def test_the_oldest_runtime_of_a_bundle_verifies_it(bundles, target):
 )
 def test_the_release_of_a_phone_bundle_gives_the_logits(bundles, validation_set, logits_here, variant, scheme):
     script = TESTS / "clients" / "old_runtime.py"
-    output = json.loads(run(PHONE, script, bundles / "mobile" / f"{variant}.ort", validation_set / "tokens.json"))
-    assert len(output["answers"]) == 872
+    tokens = validation_set / str(sentences_for(variant)) / "tokens.json"
+    output = json.loads(run(PHONE, script, bundles / "mobile" / f"{variant}.ort", tokens))
+    assert len(output["answers"]) == sentences_for(variant)
     require_similar(output["answers"], logits_here(variant), scheme)
 
 
 @pytest.mark.parametrize("variant", ["onnx-int8", "onnx-int8-portable", "onnx-fp32"])
 def test_both_formats_of_a_phone_bundle_give_the_same_logits_here(bundles, validation_set, variant):
-    rows = json.loads((validation_set / "tokens.json").read_text())
-    assert len(rows) == 872
+    rows = json.loads((validation_set / str(FEW) / "tokens.json").read_text())
     onnx_session, ort_session = (
         open_session(bundles / "mobile" / f"{variant}.{kind}", "onnx", Place("cpu", 1)) for kind in ("onnx", "ort")
     )
@@ -297,7 +311,8 @@ def test_a_bundle_verifies_itself_on_node_with_avx2(short_bundles):
 def test_openvino_gives_the_logits(bundles, validation_set, logits_here, variant, scheme):
     script = TESTS / "clients" / "openvino_runtime.py"
     file = next(m for m in shipping.read(bundles / "other")["models"] if m["variant"] == variant)["file"]
-    output = json.loads(run(OPENVINO, script, bundles / "other" / file, validation_set / "tokens.json"))
+    tokens = validation_set / str(sentences_for(variant)) / "tokens.json"
+    output = json.loads(run(OPENVINO, script, bundles / "other" / file, tokens))
     require_similar(output["answers"], logits_here(variant), scheme)
 
 
@@ -337,12 +352,13 @@ def test_int8_loses_few_answers(logits_here):
     """Compares int8 variants with `onnx-std`, the fp32 graph of standard operators."""
     labels = np.array(inputs.load_embedded().labels)
     correct = {
-        v: int((logits_here(v).argmax(1) == labels).sum()) for v in ("onnx-std", "onnx-std-int8", "onnx-int8-portable")
+        v: int((logits_here(v, ALL).argmax(1) == labels).sum())
+        for v in ("onnx-std", "onnx-std-int8", "onnx-int8-portable")
     }
     assert correct["onnx-std"] == 789
     assert min(correct.values()) >= 789 - 9  # one percentage point
     for variant in ("onnx-std-int8", "onnx-int8-portable"):
-        assert (logits_here(variant).argmax(1) != logits_here("onnx-std").argmax(1)).mean() <= 0.02
+        assert (logits_here(variant).argmax(1) != logits_here("onnx-std", ALL).argmax(1)).mean() <= 0.02
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +427,7 @@ def test_the_page_verifies_every_variant(browser, site):
 def test_the_browser_gives_the_872_labels(browser, site, validation_set, logits_here):
     browser.open(site)
     browser.run(READY)
-    texts = (validation_set / "texts.json").read_text()
+    texts = (validation_set / str(ALL) / "texts.json").read_text()
     labels = browser.run(f"({SCORE_ALL})('q8', {texts})")["answers"]
     assert count_flips(labels, logits_here("onnx-int8")) <= MOST_FLIPS
 
