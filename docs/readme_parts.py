@@ -189,7 +189,7 @@ def _attacks() -> str:
     path = ROOT / "tests" / "hostile" / "attacks.py"
     attacks = runpy.run_path(str(path))["ATTACKS"]
     rows = [[name, reader, str(cases)] for name, (reader, cases) in attacks.items()]
-    return _table(["files", "read by", "cases"], rows)
+    return _table(["files", "read by", "cases"], rows, numbers=False)
 
 
 def filled(text: str, contents: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.server
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ needs_chromium = pytest.mark.skipif(
 READY = """(async () => {
     const busy = () => document.getElementById("classify").disabled;
     for (let i = 0; i < 500 && busy(); i++) await new Promise(done => setTimeout(done, 100));
+    if (busy()) throw new Error("the page is busy for 50 seconds");
     return document.getElementById("answer").innerText;
 })()"""
 
@@ -31,8 +33,10 @@ def serve(folder: Path) -> Iterator[str]:
     handler = functools.partial(_QuietHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 class _QuietHandler(http.server.SimpleHTTPRequestHandler):
@@ -58,7 +62,7 @@ def ask_page(bundle: Path, scratch: Path, text: str) -> tuple[str, str]:
     with serve(bundle) as address, Chromium(scratch / "profile") as browser:
         browser.open(address)
         assert "is ready" in browser.run(READY)
-        browser.run(f"document.getElementById('text').value = {text!r}")
+        browser.run(f"document.getElementById('text').value = {json.dumps(text)}")
         browser.run("document.getElementById('classify').click()")
         answer = browser.run(READY)
         browser.run("document.getElementById('check').click()")

@@ -38,6 +38,8 @@ from toolchain.models.locations import Source
 from toolchain.progress import Bar, Say
 from toolchain.results import statistics
 from toolchain.results.scores import EntityScore, RegressionScore, score_answers
+from toolchain.system import files
+from toolchain.system.decoding import decode_object, read_bytes
 from toolchain.training.batches import batches
 from toolchain.training.card import read_card
 from toolchain.training.loop import Examples, Recipe, train
@@ -249,10 +251,9 @@ def _finished_card(output: Path, key: str) -> dict[str, Any] | None:
     if not (output.exists() or output.is_symlink()):
         return None
     try:
-        card = read_card(output / CARD)
-        if card["key"] == key:
-            return dict(card)
-    except (OSError, ValueError) as error:
+        if decode_object(read_bytes(output / CARD))["key"] == key:
+            return dict(read_card(output / CARD))
+    except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"{output} exists, and `toolchain finetune` did not write it.", _HINT) from error
     raise ArtifactError(f"{output} exists, and was trained with other settings.", _HINT)
 
@@ -270,7 +271,8 @@ def _write_start(folder: Path, start: Path, rows: Data, keep: bool, seed: int) -
         # The head starts at the mean score, because training would need many steps to move it far from 0.
         head = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1][-1]
         torch.nn.init.constant_(head.bias, sum(map(number, rows.labels)) / len(rows.labels))
-    model.save_pretrained(start, safe_serialization=True, max_shard_size="1TB")
+    with files.writing_tensors(start):
+        model.save_pretrained(start, safe_serialization=True, max_shard_size="1TB")
     for name in checkpoints.TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, start / name)

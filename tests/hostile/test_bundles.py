@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import onnx
 import pytest
 from hostile import bundles
 
@@ -200,6 +201,8 @@ CHANGES = {
     "a negative token": {"pad_id": -1},
     "a target with control characters": {"target": "python\x1b[2J"},
     "a list as a graph": {"tokenizer_in_graph": ["model.onnx"]},
+    "a file twice": {"files": [{"path": "model.onnx", "bytes": 1, "sha256": "0" * 64}] * 2},
+    "a detour": {"files": [{"path": "./model.onnx", "bytes": 1, "sha256": "0" * 64}]},
 }
 
 
@@ -209,7 +212,7 @@ def test_a_bundle_with_impossible_values_is_refused(bundle, texts, say, change):
     with bundles.without_child():
         for command in (("verify", bundle), ("predict", bundle, texts)):
             code, _, err = say(*command)
-            assert (code, "\x1b" in err) == (3, False), err
+            assert (code, "\x1b" in err, "does not match its id" in err) == (3, False, False), err
 
 
 MODEL_CHANGES = {
@@ -226,7 +229,8 @@ MODEL_CHANGES = {
 def test_verify_of_the_bundle_and_of_the_toolchain_refuse_an_impossible_model(bundle, say, capsys, change):
     model = json.loads((bundle / "bundle.json").read_bytes())["models"][0]
     bundles.replace_values(bundle, "bundle.json", models=[{**model, **MODEL_CHANGES[change]}])
-    assert say("verify", bundle)[0] == 3
+    code, _, err = say("verify", bundle)
+    assert (code, "does not match its id" in err) == (3, False), err
     assert bundled.main(bundle) == 3
     assert "\x1b" not in capsys.readouterr().err
 
@@ -276,3 +280,21 @@ def test_a_bundle_json_of_many_megabytes_is_not_read(bundle, say):
         file.truncate(bundled.MAX_RECORD_BYTES + 1)
     code, _, err = say("verify", bundle)
     assert (code, "has more than 8388608 bytes" in err) == (3, True), err
+
+
+def test_two_equal_keys_in_the_record_are_refused(bundle, say):
+    text = (bundle / "bundle.json").read_text()
+    (bundle / "bundle.json").write_text(text.replace('"labels":', '"labels": ["bad", "good"], "labels":', 1))
+    code, _, err = say("verify", bundle)
+    assert (code, "an object has two equal keys" in err) == (3, True), err
+
+
+def test_a_model_file_is_checked_as_the_runtime_reads_it(bundle, say):
+    """onnx reads a file by its ending, but ONNX Runtime reads every file as a binary file."""
+    for name in ("bundle.json", "golden.json"):
+        (bundle / name).write_text((bundle / name).read_text().replace("model.onnx", "model.json"))
+    (bundle / "model.onnx").rename(bundle / "model.json")
+    onnx.save(bundles.leaking_models()["initializer"], bundle / "model.json", format="protobuf")
+    bundles.reseal(bundle)
+    code, _, err = say("verify", bundle)
+    assert (code, "stores the tensor 'secret' in another file" in err) == (3, True), err

@@ -49,6 +49,7 @@ def test_the_table_of_attacks_names_every_kind():
 def _read_number(folder, rng):
     number = json.loads((folder / "file.json").read_text())["number"]
     (folder / "kept").write_text("changed") if number == 7 else None
+    (folder / f".{'0' * 32}").write_text("partial") if number == 8 else None
     if number < 0:
         raise ToolchainError("The number is negative.")
     1 / number
@@ -56,7 +57,13 @@ def _read_number(folder, rng):
 
 @pytest.mark.parametrize(
     ("number", "outcome"),
-    [(1, "accepted"), (-1, "refused"), (0, "ZeroDivisionError: division by zero"), (7, "changed kept")],
+    [
+        (1, "accepted"),
+        (-1, "refused"),
+        (0, "ZeroDivisionError: division by zero"),
+        (7, "changed kept"),
+        (8, "left .00"),
+    ],
 )
 def test_the_harness_finds_crashes_and_changed_files(tmp_path, number, outcome):
     def prepare(folder):

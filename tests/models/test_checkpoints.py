@@ -456,7 +456,9 @@ def test_half_precision_and_shards_are_imported_as_one_float32_file(checkpoint, 
     assert all(torch.equal(stored_tensors[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("change", [{"n_layers": 2**53}, {"dim": 10**6, "n_heads": 4}, {"vocab_size": 10**9}])
+@pytest.mark.parametrize(
+    "change", [{"n_layers": 2**53}, {"dim": 10**200}, {"vocab_size": 10**9}, {"num_labels": 10**9}]
+)
 def test_a_config_of_a_far_larger_model_than_the_weights_is_refused(checkpoint, tmp_path, change):
     from toolchain.build.steps.importing import import_checkpoint
 

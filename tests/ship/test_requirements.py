@@ -6,6 +6,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from toolchain.ship.targets import BUNDLE_FILES, LOCK, TARGETS
 from toolchain.ship.targets.releases import ORDER
@@ -54,10 +55,11 @@ def test_the_locks_differ_only_in_the_operators_of_the_tokenizer():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lock_has_the_releases_that_tests_run_with(name):
     lines = (ROOT / "constraints" / "cpu.txt").read_text().splitlines()
-    tested = {line.partition("==")[0]: line.partition("==")[2] for line in lines if "==" in line}
+    tested = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines if "==" in line}
     for requirement, _ in read_lock(name):
-        if requirement.name in tested and (requirement.marker is None or "win32" not in str(requirement.marker)):
-            assert requirement.specifier == f"=={tested[requirement.name]}", "run `make locks`"
+        package = canonicalize_name(requirement.name)
+        if package in tested and (requirement.marker is None or "win32" not in str(requirement.marker)):
+            assert requirement.specifier == f"=={tested[package]}", "run `make locks`"
 
 
 def test_every_bundle_with_requirements_has_the_lock_of_the_same_packages():

@@ -1,6 +1,7 @@
 """Tests of the decoder of JSON from elsewhere: bounds for sizes, depths, numbers and texts."""
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NotRequired
@@ -96,3 +97,10 @@ def test_a_large_file_is_not_read_whole(tmp_path, monkeypatch):
         decoding.read_bytes(Path("/dev/zero"))
     with pytest.raises(ValueError, match="the JSON text has more than"):
         decode_object(" " * 11)
+
+
+def test_a_text_that_does_not_end_is_refused_in_linear_time():
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="more than 300 digits"):
+        decode_object(b"1" * 301 + b'"' + b'\\"' * 10**6)
+    assert time.monotonic() - started < 5  # quadratic time would be hours

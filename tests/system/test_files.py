@@ -135,7 +135,10 @@ def test_an_error_without_a_file_gets_the_place(tmp_path):
     with pytest.raises(OSError, match="No space left") as error, files.name_place(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert error.value.filename == str(tmp_path)
-    with pytest.raises(OSError, match="full") as error, files.name_place(tmp_path):
+    with pytest.raises(OSError, match=r"^a text$") as error, files.name_place(tmp_path):
+        raise OSError("a text")
+    assert error.value.filename is None
+    with pytest.raises(OSError, match="full") as error, files.writing_tensors(tmp_path):
         raise SafetensorError("the disk is full")
     assert (error.value.errno, error.value.filename) == (errno.EIO, str(tmp_path))
 

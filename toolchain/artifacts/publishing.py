@@ -101,7 +101,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         with files.name_place(scratch):
             yield scratch
     except OSError as error:
-        if error.errno in files.REFUSALS and Path(error.filename).is_relative_to(scratch):
+        if error.errno in files.REFUSALS and Path(os.fsdecode(error.filename)).is_relative_to(scratch):
             raise ArtifactError.unwritable(target.parent, error) from error
         raise
     finally:
@@ -120,14 +120,16 @@ def replace(scratch: Path, target: Path) -> None:
             previous `target`.
     """
     backup = _backup_folder(target)
+    is_renamed = False
     try:
         files.flush_tree(scratch)
         if target.exists():
             target.rename(backup)
         scratch.rename(target)
+        is_renamed = True
         files.flush(target.parent)
     except OSError as error:
-        if not scratch.exists():  # the disk refuses only to flush the renames
+        if is_renamed:
             target.rename(scratch)
         _repair_folders(target)
         raise ArtifactError.unwritable(target.parent, error) from error

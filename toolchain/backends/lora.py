@@ -15,7 +15,7 @@ from toolchain.backends import Place
 from toolchain.backends.pytorch import TorchSession, check_finite, mismatched_weights, silence_transformers
 from toolchain.errors import CheckpointError, first_line
 from toolchain.models import adapters
-from toolchain.models.checkpoints import check_config, config_of
+from toolchain.models.checkpoints import check_config, config_of, read_config
 from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
@@ -118,8 +118,9 @@ def _build_config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]
     """
     from transformers import AutoConfig
 
+    config_of(base)  # refuses a config of a far larger model than the base's weights
     config: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-    adapter_config = config_of(adapter) if (adapter / "config.json").is_file() else {}
+    adapter_config = read_config(adapter) if (adapter / "config.json").is_file() else {}
     rows = [len(tensors[_PREFIX + name]) for name in _class_sized_weights(config) if _PREFIX + name in tensors]
     base_names = config.id2label or {}
     count = rows[0] if rows else len(base_names)

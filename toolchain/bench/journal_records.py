@@ -14,7 +14,7 @@ from toolchain.data.labels import MULTI, REGRESSION, TOKENS, Answer, LabelSet
 from toolchain.results.facts import GpuMemory, Memory, SessionFacts
 from toolchain.results.measurements import MAX_TIME_US, PROBABILITY
 from toolchain.results.result_file import MAX_SCORE
-from toolchain.system.decoding import Amount, Check, Count, Note, Plain, decode, strict
+from toolchain.system.decoding import Amount, Check, Count, Note, Plain, decode, decode_object, strict
 
 
 def _check_time(time_us: int) -> int:
@@ -153,10 +153,7 @@ def decode_record(line: bytes) -> Record:
     Raises:
         ValueError: The line is not JSON, or is not a record.
     """
-    from pydantic_core import from_json
-
-    value = from_json(line)
-    kind = value.get("kind") if isinstance(value, dict) else None
+    kind = decode_object(line).get("kind")
     return decode(_TYPES.get(kind, _TurnRecord) if isinstance(kind, str) else _TurnRecord, line)
 
 

@@ -42,7 +42,7 @@ class Child:
     end_s = 0.0
 
     def __init__(self, module: str, variables: Mapping[str, str]) -> None:
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the child
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - lives as long as the child
         self._replies: queue.Queue[tuple[str, float] | None] = queue.Queue()
         self._started_at = time.perf_counter()
         # With -P, Python does not search the working directory for modules, so no file there can replace a library.
@@ -134,8 +134,7 @@ class Child:
         else:
             ending = f"ended with exit code {code}"
         self._errors.seek(0)
-        # A terminal would obey control characters.
-        output = "".join(filter(str.isprintable, " ".join(self._errors.read()[-_TAIL:].split())))
+        output = " ".join(self._errors.read()[-_TAIL:].split())
         return self._make_error(f"The process {ending}." + (f" Last output of the process: {output}" if output else ""))
 
     def _make_error(self, cause: str) -> errors.ToolchainError:

@@ -290,9 +290,9 @@ def _build(
             if not report["passed"]:
                 raise _validation_error(workspace, name, manifest, parent, report)
             _require_parent_unchanged(workspace, item.step, parent)
+            artifact = store.publish(scratch, target, dataclasses.replace(manifest, validation=report))
             if isinstance(item.step, Import):
                 locations.record(workspace.exported / workspace.model, workspace.source)
-            artifact = store.publish(scratch, target, dataclasses.replace(manifest, validation=report))
         shutil.rmtree(resume, ignore_errors=True)
         return artifact
 
@@ -370,8 +370,8 @@ def list_states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, st
     """Returns the state of all default variants, all variants with a folder, and their ancestors.
 
     Returns:
-        Each variant with its artifact (None if missing or unreadable) and its state. The state is ``built``,
-        ``built, unsealed`` or ``missing``, or it is ``stale``, ``tampered`` or ``unusable``, followed by the reason.
+        Each variant with its artifact (None if missing or unreadable) and its state. The state is ``built`` or
+        ``missing``, or it is ``stale``, ``tampered`` or ``unusable``, followed by the reason.
     """
     names = [name for cells in variants.DEFAULT_CELLS.values() for name in cells]
     names += sorted(folder.name for folder in (workspace.exported / workspace.model).glob("[!.]*") if folder.is_dir())
@@ -383,7 +383,5 @@ def list_states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, st
             state = f"{kind}: {item.folder_error.cause}"
         elif item.reason:
             state = item.reason if item.artifact is None else f"stale: {item.reason}"
-        elif item.artifact and not item.artifact.manifest.sealed:
-            state = "built, unsealed"
         rows.append((item.variant, item.artifact, state))
     return rows

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @json_option
 @model_options
 def variants(model: str, exported: Path, folder_name: str | None, as_json: bool) -> None:
-    """List every variant with its parent, its step and its state: built, stale or missing.
+    """List every variant with its parent, its step and its state: built, stale, missing, tampered or unusable.
 
     \b
     Example:
@@ -39,6 +39,7 @@ def variants(model: str, exported: Path, folder_name: str | None, as_json: bool)
                 "state": state,
                 "size_bytes": artifact.manifest.size_bytes if artifact else None,
                 "id": artifact.manifest.id if artifact else None,
+                "sealed": artifact.manifest.sealed if artifact else None,
             }
         )
     if as_json:
@@ -47,4 +48,5 @@ def variants(model: str, exported: Path, folder_name: str | None, as_json: bool)
     for row in rows:
         size = f"{row['size_bytes'] / 1e6:.1f} MB" if row["size_bytes"] else "–"
         origin = f"{row['step']} of {row['parent']}" if row["parent"] else str(row["step"])
-        echo(f"{row['variant']:12} {origin:24} {size:>9}  {row['state']}")
+        seal = ", unsealed" if row["sealed"] is False else ""
+        echo(f"{row['variant']:12} {origin:24} {size:>9}  {row['state']}{seal}")

@@ -236,15 +236,26 @@ def license_of(folder: Path) -> str | None:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
+    """Returns the content of a model's config.json.
+
+    Raises:
+        CheckpointError: `read_config` raises it, or the config describes a model that is far larger than the weights in
+            the folder.
+    """
+    config = read_config(folder)
+    _require_weights_for(config, folder)
+    return config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
     """Returns the content of the folder's config.json.
 
     Raises:
-        CheckpointError: The file is missing, does not contain a JSON object, or describes a model that is far larger
-            than the weights in the folder.
+        CheckpointError: The file is missing, or does not contain a JSON object.
     """
     file = folder / "config.json"
     try:
-        config = decode_object(read_bytes(file))
+        return decode_object(read_bytes(file))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no config.json.", "Pass the folder that `save_pretrained` wrote."
@@ -253,8 +264,6 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} does not contain a JSON object: {error}.", "Save the model again with `save_pretrained`."
         ) from error
-    _require_weights_for(config, folder)
-    return config
 
 
 def _require_weights_for(config: dict[str, Any], folder: Path) -> None:
@@ -264,14 +273,15 @@ def _require_weights_for(config: dict[str, Any], folder: Path) -> None:
     """
 
     def largest(*names: str) -> int:
-        return max((value for name in names if isinstance(value := config.get(name), int)), default=1)
+        sizes = [value for name in names if isinstance(value := config.get(name), int)]
+        return min(max(sizes, default=1), 10**12)
 
-    width = largest("hidden_size", "dim", "d_model")
-    layers = largest("num_hidden_layers", "n_layers", "num_layers")
-    inner_width = largest("intermediate_size", "hidden_dim", "ffn_dim")
-    tokens = largest("vocab_size", "max_position_embeddings", "type_vocab_size")
-    parameters = layers * (1 + 4 * width**2 + 2 * width * inner_width) + tokens * width
-    stored_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    width = largest("hidden_size", "dim", "d_model", "n_embd", "embedding_size")
+    layers = largest("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers")
+    inner_width = largest("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "d_inner")
+    rows = largest("vocab_size", "max_position_embeddings", "type_vocab_size", "num_labels")
+    parameters = layers * (1 + 4 * width**2 + 2 * width * inner_width) + rows * width
+    stored_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
     # A 4-bit weight has half a byte, and all layers may share their weights, so the limit is generous.
     if stored_bytes and parameters > 100 * stored_bytes + 10_000_000:
         raise CheckpointError(

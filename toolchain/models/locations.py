@@ -13,7 +13,7 @@ from typing import Any
 
 from toolchain.errors import ArtifactError
 from toolchain.system import files
-from toolchain.system.decoding import decode, strict
+from toolchain.system.decoding import Line, decode, read_bytes, strict
 
 LOCATION = ".location.json"
 # A manifest writes the base of an adapter as this prefix and the folder's name. A hub id cannot begin with this prefix.
@@ -59,8 +59,8 @@ class Source:
 @strict
 @dataclass(frozen=True)
 class _Location:
-    ref: str
-    base: str
+    ref: Line
+    base: Line
 
 
 def record(folder: Path, source: Source) -> None:
@@ -83,7 +83,7 @@ def read(folder: Path, source: Source) -> Source:
     Without a readable record that matches the source, the function returns the source unchanged.
     """
     try:
-        location = decode(_Location, (folder / LOCATION).read_bytes())
+        location = decode(_Location, read_bytes(folder / LOCATION))
     except (OSError, ValueError):
         return source
     located = replace(source, ref=location.ref, base=location.base)

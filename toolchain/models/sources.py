@@ -64,7 +64,7 @@ def fetch_files(source: Source, step: Import) -> ImportFiles:
     if step.base is None:
         return ImportFiles(folder, None, Import(exact_source.revision))
     name, _, commit = step.base.rpartition("@")
-    base_source = checkpoints.locate(source.base) if source.base else Source("hub", name)
+    base_source = _locate_base(source.base) if source.base else Source("hub", name)
     base, exact_base = checkpoints.fetch(base_source, commit if base_source.kind == "hub" else None, head=False)
     return ImportFiles(folder, base, Import(exact_source.revision, _exact_name(exact_base)))
 
@@ -79,7 +79,7 @@ def _pin_base(source: Source, last_base: str | None) -> str | None:
         return last_base
     folder = checkpoints.adapter_folder(source)
     if folder and source.base:
-        return _exact_name(checkpoints.pin(checkpoints.locate(source.base), head=False))
+        return _exact_name(checkpoints.pin(_locate_base(source.base), head=False))
     if source.base:
         hint = "Run the command without --base, or choose another name for this model: --as NAME."
         raise CheckpointError(f"{source.ref} is a model, not an adapter.", hint)
@@ -92,6 +92,16 @@ def _pin_base(source: Source, last_base: str | None) -> str | None:
         raise HubError(
             f"The base of the adapter is unavailable. {error.cause}", f"{error.hint} {adapters.NAME_BASE}"
         ) from error
+
+
+def _locate_base(base: str) -> Source:
+    """Returns the source of an adapter's base, as `checkpoints.locate` does."""
+    if base.startswith(FOLDER_PREFIX):
+        raise CheckpointError(
+            f"The base {base.removeprefix(FOLDER_PREFIX)} of the adapter was imported on another machine.",
+            "Name its folder on this machine with --base FOLDER.",
+        )
+    return checkpoints.locate(base)
 
 
 def _is_missing_folder(path: str) -> bool:

@@ -177,7 +177,7 @@ class _StoredTable:
     neurons_ms: dict[Count, Amount]
 
     def __post_init__(self) -> None:
-        if not (any(self.heads_ms.values()) and any(self.neurons_ms.values())):
+        if not (self.heads_ms and self.neurons_ms):
             raise ValueError("there is no time of heads, or no time of neurons")
 
 

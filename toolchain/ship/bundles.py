@@ -28,6 +28,7 @@ from toolchain.errors import ShippingError
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.ship.bill_of_materials import MLBOM, bill_of_materials
 from toolchain.ship.bundle_files.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
+from toolchain.ship.process import GOLDEN_ROWS
 from toolchain.ship.targets import BUNDLE_FILES, DEMO, TARGETS, TOKEN_FILES, Target, dtype, mobile, served_name
 from toolchain.ship.targets.releases import DEFAULT, ORDER
 from toolchain.ship.targets.uses import oldest_release, read_needs
@@ -60,7 +61,6 @@ NEEDS_OPTION = (
     "products saturate"
 )
 ANY_PROCESSOR = "any processor"
-GOLDEN_BATCH = 8  # golden.json has this number of sentences in each padded batch.
 TEXT_SPEC = TensorSpec(TEXT, "string", ("texts",))
 # A tokenizer graph pads to a multiple of this number of tokens, because a server batches only inputs of equal width.
 MULTIPLE = 16
@@ -188,7 +188,7 @@ def _golden_content(contents: Contents, encoder: Encoder) -> dict[str, Any]:
         ShippingError: This runtime saturates the int8 products of a variant even with the option `EXACT_PRODUCTS`.
     """
     rows = encoder.encode(contents.sentences)
-    batch_rows = [index for index, row in enumerate(rows) if len(row) < encoder.max_length][:GOLDEN_BATCH]
+    batch_rows = [index for index, row in enumerate(rows) if len(row) < encoder.max_length][:GOLDEN_ROWS]
     batches = [{"padding": side, "sentences": batch_rows} for side in encoder.padding_sides]
     single_batches = [pad([row], encoder.names, encoder.pad_id) for row in rows]
     padded_batches = [

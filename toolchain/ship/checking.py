@@ -131,7 +131,8 @@ def require_single_file(path: Path) -> None:
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        # ONNX Runtime reads this format, whatever the ending of the name is.
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
         raise InvalidBundleError(f"{path.name} is not an ONNX file") from error
     if (name := next(external_tensors(model), None)) is not None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # The limits are several times what a bundle of the toolchain needs on a slow machine.
 BASE_S = 60.0  # seconds for an answer of the child; each megabyte of the bundle adds one second
 TOKENS_IN_BASE = 32 * 512  # a batch with more tokens has proportionally more seconds
+MOST_BASES = 64  # a batch of 1,048,576 tokens; a bundle cannot demand more time
 CHARACTERS_PER_S = 10_000  # each second of tokenising covers this number of characters
 BASE_BYTES = 1 << 30  # memory of the child beyond its imports; each thread adds `THREAD_BYTES`
 THREAD_BYTES = 32 << 20
@@ -51,10 +52,12 @@ class BundleProcess(Child):
         self._folder = folder
         self._record = record
         self._answer_s = BASE_S + record.size_bytes / 1e6
+        self._is_ready = False  # whether the child may have opened a file of the bundle
         super().__init__("toolchain.ship.worker", {})
         with self._closing_on_error():
             # The child answers before it opens a file of the bundle, so this needs no limit of time.
             self.ask({"folder": str(folder), "memory_bytes": memory_limit(record, rows)}, None)
+            self._is_ready = True
 
     def compare(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the result of `checking.compare`, with its errors.
@@ -87,7 +90,7 @@ class BundleProcess(Child):
 
     def _make_error(self, cause: str) -> ToolchainError:
         problem = f"{self._folder}: the models or the tokenizer cannot be opened. {cause}"
-        if (self._process.returncode or 0) > 0:  # Python cannot start the module, so the bundle is not the cause.
+        if not self._is_ready:  # Python cannot start the module, so the bundle is not the cause.
             return ShippingError(problem, "`toolchain doctor` lists the packages to install.")
         return VerdictError(problem, HINT)
 
@@ -144,7 +147,7 @@ class BundleModel(BundleProcess):
         import numpy as np
 
         tokens = len(rows) * max(map(len, rows))
-        seconds = self._answer_s * max(1.0, tokens / TOKENS_IN_BASE)
+        seconds = self._answer_s * min(max(1.0, tokens / TOKENS_IN_BASE), MOST_BASES)
         sent_texts = texts if self._record.models[0].takes_texts else []
         reply = self._call("logits", seconds, texts=sent_texts, rows=[[row, row.types] for row in rows])
         return np.frombuffer(base64.b64decode(reply["float32"]), np.float32).reshape(reply["shape"])

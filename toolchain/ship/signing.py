@@ -10,16 +10,18 @@ import base64
 import contextlib
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ProviderError, ShippingError, ToolchainError, VerdictError, first_line
-from toolchain.ship.bundle_files.verify import SIGNATURE
+from toolchain.ship.bundle_files.verify import MAX_RECORD_BYTES, SIGNATURE
+from toolchain.system.decoding import decode_object
 from toolchain.system.extras import install_hint
+from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     from model_signing import hashing, verifying
@@ -60,8 +62,8 @@ class Signer:
             except TypeError as error:  # the class of the error that asks for a password
                 raise ShippingError(
                     f"{key} has a password, which `ship` does not support.",
-                    f"Write the key without its password to a folder that only you can read: `openssl pkey -in {key} "
-                    "-out OTHER_KEY`.",
+                    "Write the key without its password to a folder that only you can read: "
+                    f"`openssl pkey -in {shlex.quote(str(key))} -out OTHER_KEY`.",
                 ) from error
             _require_elliptic_curve(private_key.public_key())
             signing.Config().use_elliptic_key_signer(private_key=key)
@@ -81,14 +83,15 @@ class Signer:
         from model_signing import signing
 
         config = signing.Config().set_hashing_config(_hashing_config(folder))
-        if self.certificate:
-            # The library needs a list of more certificates. The whole file is this list, because it may hold the
-            # intermediate certificates.
-            config.use_certificate_signer(
-                private_key=self.key, signing_certificate=self.certificate, certificate_chain=[self.certificate]
-            )
-        else:
-            config.use_elliptic_key_signer(private_key=self.key)
+        with _signing_errors(self.key, KEY_HINT):
+            if self.certificate:
+                # The library needs a list of more certificates. The whole file is this list, because it may hold the
+                # intermediate certificates.
+                config.use_certificate_signer(
+                    private_key=self.key, signing_certificate=self.certificate, certificate_chain=[self.certificate]
+                )
+            else:
+                config.use_elliptic_key_signer(private_key=self.key)
         config.sign(folder, folder / SIGNATURE)
         self._check(folder)
 
@@ -110,8 +113,8 @@ class Signer:
 
     def _check(self, folder: Path) -> None:
         """Checks the signature with the public key instead of the certificates, whose root may be elsewhere."""
-        with TemporaryDirectory() as scratch:
-            key, copy = Path(scratch) / "public.pem", Path(scratch) / SIGNATURE
+        with temporary_folder() as scratch:
+            key, copy = scratch / "public.pem", scratch / SIGNATURE
             key.write_bytes(self.public_key)
             material = {"publicKey": {"hint": hashlib.sha256(self.public_key).hexdigest()}}
             signature = {**_read_signature(folder / SIGNATURE), "verificationMaterial": material}
@@ -177,11 +180,14 @@ class Verifier:
             )
         self.config.set_hashing_config(_hashing_config(folder))
         try:
+            content = _read_signature(file)
             # The library prints warnings to standard output, which is for data.
             with contextlib.redirect_stdout(sys.stderr):
                 self.config.verify(folder, file)
-            payload = json.loads(base64.b64decode(_read_signature(file)["dsseEnvelope"]["payload"]))
+            payload = json.loads(base64.b64decode(content["dsseEnvelope"]["payload"]))
             signed = {str(resource["name"]) for resource in payload["predicate"]["resources"]}
+        except (OSError, MemoryError):
+            raise
         # The signature may come from an attacker, and the libraries that read it raise many classes of errors.
         except Exception as error:
             raise VerdictError(
@@ -253,7 +259,9 @@ def _read_signature(file: Path) -> dict[str, Any]:
         VerdictError: The file is not a signature.
     """
     try:
-        body = json.loads(file.read_bytes())
+        if file.stat().st_size > MAX_RECORD_BYTES:
+            raise ValueError("the file is too large")
+        body = decode_object(file.read_bytes())
         return {key: body[key] for key in ("mediaType", "verificationMaterial", "dsseEnvelope")}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (FileNotFoundError, ValueError, LookupError) as error:
         raise VerdictError(f"{file} is not a signature.", "Sign the bundle again.") from error

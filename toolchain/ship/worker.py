@@ -92,7 +92,7 @@ class Worker:
         """Returns token ids, token types and spans of each text or pair; see `Encoder.encode`."""
         with self._limits(seconds):
             rows = self._encoder.encode([text if isinstance(text, str) else tuple(text) for text in texts])
-        return {"result": [[row, row.types, row.spans] for row in rows]}
+            return {"result": [[row, row.types, row.spans] for row in rows]}
 
     def logits(self, texts: list[Any], rows: list[Any], seconds: float) -> dict[str, Any]:
         """Returns the logits of the texts: their ``shape``, and their ``float32`` values as base64.
@@ -114,8 +114,8 @@ class Worker:
             used = [row[: len(ids)] for row, ids in zip(logits, ids_by_text, strict=True)] if is_tokens else [logits]
             if not all(np.isfinite(part).all() for part in used):
                 raise VerdictError(f"{self._folder}: the model returns a logit that is not finite.", HINT)
-        values = base64.b64encode(np.ascontiguousarray(logits).tobytes()).decode()
-        return {"result": {"shape": logits.shape, "float32": values}}
+            values = base64.b64encode(np.ascontiguousarray(logits).tobytes()).decode()
+            return {"result": {"shape": logits.shape, "float32": values}}
 
     def _run(self, texts: Sequence[Text], rows: Sequence[Any]) -> np.ndarray:
         if self._takes_texts:
@@ -151,7 +151,7 @@ class Worker:
             if isinstance(error, VerdictError):
                 raise
             cause = error.cause if isinstance(error, ToolchainError) else first_line(error)
-            quotation = "".join(filter(str.isprintable, cause[:MESSAGE_CHARACTERS])).rstrip(".")
+            quotation = cause[:MESSAGE_CHARACTERS].rstrip(".")
             raise VerdictError(f"{self._folder} cannot be used: {quotation}.", HINT) from error
         finally:
             _set_alarm(0)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from toolchain.system.escaping import DIRECTION
+
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import CoreSchema
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SHOWN = 80  # an error message shows at most this many characters of a wrong value
 MAX_BYTES = 256 << 20
-MAX_DIGITS = 300  # every integer of `MAX_DIGITS` digits fits into a float, so arithmetic with it cannot overflow
+MAX_DIGITS = 300  # every integer of `MAX_DIGITS` digits fits into a float
 _LONG_DIGITS = re.compile(rb"\d{%d}" % (MAX_DIGITS + 1))
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|\d{%d}' % (MAX_DIGITS + 1), re.S)
+# A string that does not end matches as well: if it did not, the search would begin again at each of its quotes.
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.?)*+"?|\d{%d}' % (MAX_DIGITS + 1), re.S)
 # Control characters, and the characters that change the direction of text or end a line
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029{DIRECTION}]")
 
 
 def strict(kind: type[T]) -> type[T]:

@@ -6,11 +6,12 @@ import json
 import re
 from typing import Any
 
-_BIDI = "\u202a-\u202e\u2066-\u2069"  # characters that change the direction in which a terminal shows text
+# Characters that change the direction in which a terminal shows text
+DIRECTION = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 # Control characters, without the line breaks and tabs that lay out the output of a command.
-_CONTROL = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{_BIDI}]|\r(?!\n)")
-_CONTROL_OR_BREAK = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029{_BIDI}]")
-_RAW_IN_JSON = re.compile(f"[\x7f-\x9f\u2028\u2029{_BIDI}]")  # `json.dumps` leaves these characters as they are
+_CONTROL = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{DIRECTION}]|\r(?!\n)")
+_CONTROL_OR_BREAK = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029{DIRECTION}]")
+_RAW_IN_JSON = re.compile(f"[\x7f-\x9f\u2028\u2029{DIRECTION}]")  # `json.dumps` leaves these characters as they are
 # Markdown: characters that are markup anywhere, and `_MARKDOWN_START`: characters that are markup only in front.
 _MARKDOWN = re.compile(r"[\\`*<>&~|]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
 _MARKDOWN_START = re.compile(r"^(?:([#=\[]|[-+](?=[\s-]|$))|(\d+)([.)])(?=\s|$))")

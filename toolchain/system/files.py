@@ -140,20 +140,25 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def name_place(path: Path) -> Iterator[None]:
-    """Adds `path` to each error of the operating system that names no file, such as that of a write to a full disk.
-
-    safetensors has an error class of its own for a failed write. The function converts it to an `OSError`.
-    """
-    from safetensors import SafetensorError
-
+    """Adds `path` to each error of the operating system that names no file, such as that of a write to a full disk."""
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), os.fspath(path)) from error
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # libraries raise OSErrors with only a text
             error.filename = os.fspath(path)
         raise
+
+
+@contextmanager
+def writing_tensors(path: Path) -> Iterator[None]:
+    """Converts safetensors' own error class for a failed write of `path` to an `OSError` with the path."""
+    from safetensors import SafetensorError
+
+    with name_place(path):
+        try:
+            yield
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error), os.fspath(path)) from error
 
 
 @contextmanager
@@ -166,18 +171,21 @@ def temporary_folder(prefix: str | None = None) -> Iterator[Path]:
 def flush(path: Path) -> None:
     """Waits until the disk has the content of a file, or the names of the files in a folder.
 
+    The function ignores a folder that cannot be flushed: one that the user may not read, or that of a network file
+    system.
+
     Raises:
         OSError: The disk refuses the content, for example because it is full.
     """
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        # Some network file systems cannot flush a folder.
-        if error.errno != errno.EINVAL:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES) or not path.is_dir():
             raise
-    finally:
-        os.close(descriptor)
 
 
 def flush_tree(folder: Path) -> None:

@@ -23,7 +23,7 @@ from toolchain.data.encoding import Encoder
 from toolchain.errors import CheckpointError, DataError, first_line
 from toolchain.models.architectures import matched_layers
 from toolchain.system import files, hardware
-from toolchain.system.decoding import Amount, Count, Line, decode, read_bytes, strict
+from toolchain.system.decoding import Amount, Count, Line, decode, decode_object, read_bytes, strict
 from toolchain.training import mixed_precision
 from toolchain.training.batches import Batch, Targets, batch, batches
 from toolchain.training.scoring import BATCH, score, score_name
@@ -149,7 +149,7 @@ def train(
     epoch_rows = train_on.of_epoch(0)
     run = _Run((model, teacher), recipe, math.ceil(len(epoch_rows.ids) / recipe.batch_size), folder, key)
     held_out_batches = held_out.batches(encoder)
-    if not run.state.step:
+    if not run.state.held_out:
         run.judge(held_out_batches)
     while not run.is_finished:
         # A run scores the weights before the first epoch and after every epoch. If a run was killed before it scored
@@ -337,9 +337,10 @@ class _Run:
         if not file.is_file():
             return None
         try:
-            state = decode(_State, read_bytes(file))
-            if state.key != key:
+            content = read_bytes(file)
+            if decode_object(content).get("key") != key:
                 return None
+            state = decode(_State, content)
             epoch = len(state.held_out) - 1
             is_in_epoch = 0 <= epoch * self.steps <= state.step <= (epoch + 1) * self.steps
             if not is_in_epoch or len(state.losses) != len(state.held_out) or state.best > epoch:
@@ -347,13 +348,15 @@ class _Run:
             tensors = load_file(self._folder / f"{state.step}.{WEIGHTS}", device=str(self.device))
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
+                    if tensors[name].shape != parameter.shape:
+                        raise ValueError(f"{name} has another shape")
                     parameter.copy_(tensors.pop(name))
             for name, value in tensors.items():
                 parameter_name, moment = name.rsplit("|", 1)
                 state_of = self._optimizer_of[parameter_name].state[self._parameters[parameter_name]]
                 # `SparseAdam` stores its step count as an integer, `AdamW` as a float tensor.
                 state_of[moment] = value if value.is_floating_point() else int(value)
-        except (ValueError, LookupError, RuntimeError, OSError, SafetensorError) as error:
+        except (ValueError, LookupError, FileNotFoundError, SafetensorError) as error:
             raise CheckpointError(
                 f"{self._folder} does not hold an interrupted training: {first_line(error)}.",
                 "Delete this folder, and train again.",
@@ -377,7 +380,7 @@ def _write(path: Path, tensors: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     scratch = path.with_name(f".{path.name}")
-    with files.name_place(scratch):
+    with files.writing_tensors(scratch):
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch)
         files.flush(scratch)
     os.replace(scratch, path)

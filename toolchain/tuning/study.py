@@ -293,6 +293,8 @@ def open_study(
             storage = JournalStorage(JournalFileBackend(str(path)))
             stored = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
             study = Study(stored, objective, max_drop)
+        except OSError as error:
+            raise ArtifactError.unwritable(path.parent, error) from error
         except Exception as error:  # Optuna raises errors of many classes for a damaged file
             raise ArtifactError(
                 f"{path} does not hold the trials of a search: {first_line(error)}.",

@@ -11,7 +11,7 @@ tokenizer.
 
 Exit codes:
     0: The bundle is unmodified, and its models compute the recorded logits on this machine.
-    1: The folder has no bundle.json.
+    1: The folder has no bundle.json, or a file may not be read.
     3: A check failed.
 """
 
@@ -122,14 +122,18 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         _require(stat.S_ISREG(status.st_mode), f"{BUNDLE} is not a regular file")
         _require(status.st_size <= MAX_RECORD_BYTES, f"{BUNDLE} has more than {MAX_RECORD_BYTES} bytes")
         # With `parse_constant=int`, NaN and infinities raise ValueError, because they are no JSON.
-        body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), parse_constant=int)
+        body: dict[str, Any] = json.loads(
+            file.read_text(encoding="utf-8"), parse_constant=int, object_pairs_hook=_unique_keys
+        )
         schema = f"{body['schema']!s:.20}"
         _require(body["schema"] == SCHEMA, f"{BUNDLE} has schema {schema}, but this program reads schema {SCHEMA}")
         _require(canonical_id(body) == body.get("id"), f"the content of {BUNDLE} does not match its id")
         required = _check_record(body)
         entries = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
+        _require(len(entries) == len(body["files"]), f"{BUNDLE} lists a file twice")
         for path in entries:
             parts = PurePosixPath(path)
+            _require(path == parts.as_posix(), f"{path!r} is not the shortest form of a path")
             is_outside = not path or parts.is_absolute() or ".." in parts.parts or bool({*"\\:\0"} & {*path})
             _require(not is_outside, f"the path {path!r} is outside the folder of the bundle")
         for path in (*required, GOLDEN, "tokenizer.json", "config.json"):
@@ -141,11 +145,18 @@ def read_bundle(folder: Path) -> dict[str, Any]:
             is_known = name in (*entries, BUNDLE) or (entry.is_dir() and not entry.is_symlink())
             is_known |= name == SIGNATURE and entry.is_file() and not entry.is_symlink()
             _require(is_known, f"{name} is not listed in {BUNDLE}")
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise
     except _JSON_ERRORS as error:
-        raise InvalidBundleError(f"{BUNDLE} cannot be read: {error!r:.300}") from error
+        raise InvalidBundleError(f"the bundle cannot be read: {error!r:.300}") from error
     return body
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object as a dict; another JSON parser could read another value if two keys were equal."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("an object has two equal keys")
+    return dict(pairs)
 
 
 def _require(condition: bool, cause: str) -> None:
@@ -417,6 +428,9 @@ def main(folder: Path) -> int:
             print(f"{name}: golden sentences passed, largest |Δlogit| {largest:.2g} (limit {tolerance:g})")
     except (FileNotFoundError, NotADirectoryError):
         print(f"{folder} has no {BUNDLE}", file=sys.stderr)
+        return 1
+    except PermissionError as error:
+        print(f"{error.filename} cannot be read: {error.strerror}", file=sys.stderr)
         return 1
     except BundleError as error:
         print(f"FAILED: {error}.", file=sys.stderr)
