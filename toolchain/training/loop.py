@@ -338,7 +338,8 @@ class _Run:
             return None
         try:
             content = read_bytes(file)
-            if decode_object(content).get("key") != key:
+            stored_key = decode_object(content).get("key")
+            if isinstance(stored_key, str) and stored_key != key:
                 return None
             state = decode(_State, content)
             epoch = len(state.held_out) - 1
