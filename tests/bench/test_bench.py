@@ -165,7 +165,7 @@ def test_a_provider_that_refuses_is_unavailable_not_failed(run):
 def test_a_slower_variant_has_higher_latency_and_lower_throughput(run):
     rows, _ = run(fast={"us": 400}, slow={"us": 800})
     assert 1.5 < rows["slow"].latency_ms["p50"] / rows["fast"].latency_ms["p50"] < 2.5
-    assert 1.5 < rows["fast"].throughput_per_s / rows["slow"].throughput_per_s < 2.5
+    assert 1.5 < rows["fast"].throughput_per_s / rows["slow"].throughput_per_s < 3.5
 
 
 @pytest.mark.slow

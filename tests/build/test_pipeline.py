@@ -19,6 +19,7 @@ from toolchain.build import pipeline
 from toolchain.build.pipeline import ensure, list_states, plan, validate_variant
 from toolchain.build.workspace import Workspace
 from toolchain.errors import ArtifactError, GraphError, TamperedError, UnknownVariantError, VerdictError
+from toolchain.models.locations import LOCATION
 
 ALL = tuple(variant.name for variant in variants.lineage("onnx-int8"))
 
@@ -270,13 +271,13 @@ def test_a_stopped_run_keeps_finished_artifacts_and_the_next_run_builds_the_rest
     if kill_signal == signal.SIGINT:
         assert run.returncode == 130, output
         assert "Interrupted" in output
-        assert not list(scratch.glob(".*"))
+        assert [path.name for path in scratch.glob(".*")] == [LOCATION]
     assert not (scratch / "onnx-std").exists()
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
     workspace.load("torch-fp32").verify()
     assert reasons(workspace, ["onnx-std"]) == {"torch-fp32": "", "onnx-std": "missing"}
     ensure(workspace, ["onnx-std"], {}, lambda line: None)
-    assert not list(scratch.glob(".*"))
+    assert [path.name for path in scratch.glob(".*")] == [LOCATION]
 
 
 @pytest.mark.slow
@@ -288,7 +289,7 @@ def test_two_simultaneous_runs_build_one_valid_artifact(tmp_path):
     assert [run.returncode for run in runs] == [0, 0], outputs
     manifest = json.loads((tmp_path / "exported" / "tiny" / "onnx-std" / MANIFEST).read_text())
     assert manifest["validation"]["passed"]
-    assert not list((tmp_path / "exported" / "tiny").glob(".*"))
+    assert [path.name for path in (tmp_path / "exported" / "tiny").glob(".*")] == [LOCATION]
     Workspace.open(str(checkpoint), tmp_path / "exported").load("onnx-std").verify()
 
 

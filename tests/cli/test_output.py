@@ -1,11 +1,10 @@
 """Tests of the commands' output: text from files cannot act on a terminal."""
 
 import ast
-import json
 from pathlib import Path
 
 import pytest
-from sample_results import FP32, INT8, RUN, measured_row, result
+from sample_results import FP32, INT8, RUN, result
 
 import toolchain
 from toolchain.cli import output, progress
@@ -58,13 +57,10 @@ def test_a_hostile_argument_is_shown_with_escapes(say):
         assert not set("\x1b\x9b\u202e\x07") & set(err)
 
 
-@pytest.mark.parametrize("form", ["table", "markdown", "csv", "json", "html"])
-def test_compare_shows_escapes_of_a_hostile_result_file(say, tmp_path, form):
-    rows = [FP32, INT8, measured_row(f"onnx-std{ATTACK}", 2)]
+def test_compare_refuses_control_characters_in_a_result_file(say, tmp_path):
     machine = {**result().machine, "cpu": ATTACK}
-    result(*rows, run=RUN, machine=machine).write(tmp_path / "r.json")
-    code, out, err = say("compare", tmp_path / "r.json", "--format", form, "--max-drop", "50")
-    assert code == 0, err
-    assert not set("\x1b\x9b\u202e\x07") & set(out + err)
-    if form == "json":
-        assert any(row["cell"] == f"onnx-std{ATTACK}@cpu" for row in json.loads(out)["rows"])
+    result(FP32, INT8, run=RUN, machine=machine).write(tmp_path / "r.json")
+    code, out, err = say("compare", tmp_path / "r.json")
+    assert (code, out) == (1, "")
+    assert "a control character" in err
+    assert not set("\x1b\x9b\u202e\x07") & set(err)

@@ -110,9 +110,9 @@ def test_an_imported_adapter_stays_fresh_until_it_or_its_base_changes(copies, tm
     manifest = ensure(workspace, ["torch-fp32"], {}, lambda line: None)["torch-fp32"].manifest
     assert manifest.source == {
         "kind": "folder",
-        "ref": str(adapter),
+        "ref": adapter.name,
         "revision": manifest.step.revision,
-        "base": str(base),
+        "base": f"./{base.name}",
     }
     assert manifest.validation["passed"]
     assert manifest.labels == ("LABEL_0", "LABEL_1", "LABEL_2")

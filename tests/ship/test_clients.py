@@ -251,7 +251,7 @@ def test_both_formats_of_a_phone_bundle_give_the_same_logits_here(bundles, valid
 
 @pytest.fixture(scope="module")
 def short_bundles(reference, tmp_path_factory):
-    """Bundles with few golden sentences, none of them longer than the model's maximum length.
+    """Bundles without the golden sentence that is longer than the model's maximum length.
 
     On an emulated processor, the longest golden sentence takes as much time as all other golden sentences together.
     """
@@ -261,7 +261,6 @@ def short_bundles(reference, tmp_path_factory):
     texts = {name: text for name, text in shipping.TEXTS.items() if name != "over-long text"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shipping, "TEXTS", texts)
-        patch.setattr(shipping, "SENTENCES", 4)
         for target, names in (
             ("python", ("onnx-int8", "onnx-int8-portable")),
             ("mobile", ("onnx-int8",)),

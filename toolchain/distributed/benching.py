@@ -115,7 +115,7 @@ def run_plan(
     cluster.ask("bench", plan=plan.message(), shares=cells_as_json)
     with temporary_folder() as scratch:
         for _ in assignments:
-            reply = cluster.ask("next_result", folder=scratch)
+            reply = cluster.ask("next_result", folder=str(scratch))
             node, cells = by_id[reply["node"]]
             if "cause" in reply:
                 say(f"{node.host}: failed")

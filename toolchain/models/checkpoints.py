@@ -19,6 +19,7 @@ from toolchain.data.labels import REGRESSION, SEQUENCE_HEAD, TASKS, TOKEN_HEAD, 
 from toolchain.errors import CheckpointError
 from toolchain.models import adapters, hub, locations, pickles
 from toolchain.models.locations import Source
+from toolchain.models.model_size import require_weights_for
 from toolchain.system.decoding import check_line, decode_object, read_bytes
 
 REFERENCE = Path(__file__).parent.parent / "reference" / "model"
@@ -243,7 +244,7 @@ def config_of(folder: Path) -> dict[str, Any]:
             the folder.
     """
     config = read_config(folder)
-    _require_weights_for(config, folder)
+    require_weights_for(config, folder)
     return config
 
 
@@ -264,31 +265,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} does not contain a JSON object: {error}.", "Save the model again with `save_pretrained`."
         ) from error
-
-
-def _require_weights_for(config: dict[str, Any], folder: Path) -> None:
-    """Raises `CheckpointError` if a config describes a model that is far larger than the weights in the folder.
-
-    transformers builds the whole model before it reads the weights, so a config of a few bytes could fill the memory.
-    """
-
-    def largest(*names: str) -> int:
-        sizes = [value for name in names if isinstance(value := config.get(name), int)]
-        return min(max(sizes, default=1), 10**12)
-
-    width = largest("hidden_size", "dim", "d_model", "n_embd", "embedding_size")
-    layers = largest("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers")
-    inner_width = largest("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "d_inner")
-    rows = largest("vocab_size", "max_position_embeddings", "type_vocab_size", "num_labels")
-    parameters = layers * (1 + 4 * width**2 + 2 * width * inner_width) + rows * width
-    stored_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
-    # A 4-bit weight has half a byte, and all layers may share their weights, so the limit is generous.
-    if stored_bytes and parameters > 100 * stored_bytes + 10_000_000:
-        raise CheckpointError(
-            f"{folder / 'config.json'} describes a model of {parameters:.3g} parameters, but the weights have "
-            f"{stored_bytes:,} bytes.",
-            "Do not use this checkpoint, or correct its config.json.",
-        )
 
 
 def weights_of(folder: Path) -> Path:
