@@ -360,7 +360,7 @@ def test_a_labelled_variant_is_built_from_the_labelled_parent(tiny):
 
 @pytest.mark.slow
 def test_the_lineage_of_a_labelled_variant_keeps_its_label(tiny):
-    prune_step = {"torch-pruned50+mine": Prune(0.5, cost="latency")}
+    prune_step = {"torch-pruned50+mine": Prune(0.5)}
     pruned_artifact = ensure(tiny, prune_step, prune_step, quiet)["torch-pruned50+mine"]
     quantize_step = {"onnx-pruned50-int8+mine": Quantize()}
     artifacts = ensure(tiny, quantize_step, quantize_step, quiet)

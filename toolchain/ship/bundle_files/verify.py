@@ -133,9 +133,9 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         _require(len(entries) == len(body["files"]), f"{BUNDLE} lists a file twice")
         for path in entries:
             parts = PurePosixPath(path)
-            _require(path == parts.as_posix(), f"{path!r} is not the shortest form of a path")
             is_outside = not path or parts.is_absolute() or ".." in parts.parts or bool({*"\\:\0"} & {*path})
             _require(not is_outside, f"the path {path!r} is outside the folder of the bundle")
+            _require(path == parts.as_posix(), f"{path!r} is not the shortest form of a path")
         for path in (*required, GOLDEN, "tokenizer.json", "config.json"):
             _require(path in entries, f"{path} is not listed in {BUNDLE}")
         for path, (size, digest) in entries.items():
@@ -147,8 +147,10 @@ def read_bundle(folder: Path) -> dict[str, Any]:
             _require(is_known, f"{name} is not listed in {BUNDLE}")
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise
-    except _JSON_ERRORS as error:
+    except OSError as error:
         raise InvalidBundleError(f"the bundle cannot be read: {error!r:.300}") from error
+    except _JSON_ERRORS as error:
+        raise InvalidBundleError(f"{BUNDLE} cannot be read: {error!r:.300}") from error
     return body
 
 
