@@ -101,10 +101,10 @@ test-fast: $(VENV)/.installed-test lint ## lint, types and all tests that are no
 
 # Tests of everything that depends on the release of transformers, for a second environment:
 # `make test-set VENV=.venv-optimum SET=optimum`.
-# Compiled models depend on PyTorch only, and bundles for phones and servers only on what the other bundles contain.
+# Compiled models depend on PyTorch only. The tests of models and of other releases build artifacts and bundles.
 SET_TESTS = $(filter-out %/test_torchao.py %/test_compiled.py,$(wildcard tests/backends/test_*.py)) \
-	$(addprefix tests/,build exporters models passes pruning quantization training test_entities.py test_finetune.py \
-	test_reference.py ship/test_elsewhere.py ship/test_ship.py)
+	$(addprefix tests/,exporters models passes pruning quantization training test_entities.py test_finetune.py \
+	test_reference.py ship/test_elsewhere.py)
 test-set: $(VENV)/.installed-test ## tests of what depends on the installed set of packages
 	$(BIN)/python -m pytest $(PARALLEL) $(SET_TESTS)
 

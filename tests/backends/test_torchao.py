@@ -10,12 +10,10 @@ import pytest
 import torch
 from conftest import make_checkpoint
 from safetensors.torch import load_file, save_file
-from short_bench import SHORT
 
 from toolchain.artifacts.steps import Quantize
 from toolchain.artifacts.variants import derive_variant
 from toolchain.backends import BACKENDS, Place, open_session, pytorch, reduced
-from toolchain.bench import run as bench_run
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps import validate
 from toolchain.build.workspace import Workspace
@@ -198,20 +196,6 @@ def test_a_torchao_without_the_names_gives_an_error_with_an_alternative(tiny, mo
     with pytest.raises(ProviderError, match=f"torchao {metadata.version('torchao')} cannot run") as error:
         build(tiny)
     assert "torch-int8 or onnx-int8" in error.value.hint
-
-
-@pytest.mark.slow
-@needs_exact_int8
-@pytest.mark.usefixtures("short_bench")
-def test_bench_measures_the_variant(workspace, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    request = bench_run.Request(("torch-fp32", "torchao-int8"), ("cpu",), SHORT)
-    result, journal = bench_run.measure(workspace, request, lambda line: None, lambda *_: None)
-    journal.end()
-    rows = {row.variant: row for row in result.rows}
-    assert rows["torchao-int8"].status == "ok", rows["torchao-int8"].reason
-    assert rows["torchao-int8"].facts["session"]["compiled"] == "dynamic shapes, frozen weights"
-    assert rows["torchao-int8"].size_bytes["total"] < rows["torch-fp32"].size_bytes["total"]
 
 
 def test_a_processor_without_exact_sums_gives_an_error_with_an_alternative(tmp_path, monkeypatch):
