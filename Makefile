@@ -103,8 +103,7 @@ test-fast: $(VENV)/.installed-test lint ## lint, types and all tests that are no
 # `make test-set VENV=.venv-optimum SET=optimum`.
 # Compiled models depend on PyTorch only. The tests of models and of other releases build artifacts and bundles.
 SET_TESTS = $(filter-out %/test_torchao.py %/test_compiled.py,$(wildcard tests/backends/test_*.py)) \
-	$(addprefix tests/,exporters models passes pruning quantization training test_entities.py test_finetune.py \
-	test_reference.py ship/test_elsewhere.py)
+	$(addprefix tests/,exporters models pruning training test_entities.py test_finetune.py ship/test_elsewhere.py)
 test-set: $(VENV)/.installed-test ## tests of what depends on the installed set of packages
 	$(BIN)/python -m pytest $(PARALLEL) $(SET_TESTS)
 
