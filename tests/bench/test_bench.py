@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from instant_worker import InstantWorker
 from short_bench import SHORT
 
 from toolchain import backends
@@ -455,34 +456,6 @@ def test_every_runtime_in_the_variant_table_has_a_backend():
     assert {variants.get(name).runtime for cells in variants.DEFAULT_CELLS.values() for name in cells} <= set(
         backends.BACKENDS
     )
-
-
-class InstantWorker:
-    """Answers as a process of a cell does, without a process."""
-
-    pid = 0
-
-    def __init__(self, *_):
-        pass
-
-    def load(self, timeout_s):
-        memory = {"bare": 1, "imports": 2, "load": 3, "method": "none"}
-        return {"load_us": 100, "cold_start_us": 900, "facts": {"provider": "fake"}, "memory": memory}
-
-    def ask(self, message, timeout_s):
-        if message["do"] == "peak":
-            return {"peak": 5}
-        batches = message.get("batches", [])
-        return {
-            "us": [[100] * len(batches)],
-            "tokenizing_us": [9] * len(batches) if message.get("tokenizing") else [],
-            "resident_us": [],
-            "answers": [[1] * len(batch) for batch in batches],
-            "probabilities": [[[2000, 8000]] * len(batch) for batch in batches],
-        }
-
-    def close(self):
-        pass
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ RAW = {
     "deep": "[" * 2000 + "]" * 2000,
     "deep-objects": '{"a":' * 2000 + "1" + "}" * 2000,
 }
+# Ordinary numbers, and numbers at the limits of integers of 32 and 64 bits, of floats, and of the decoder
 NUMBERS = (0, -1, 1, 7, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 10**290)
 FLOATS = (0.5, -0.5, 1e15, 1e308, -1e308, 5e-324, -0.0, 1e-9, 0.1 + 0.2)
 TEXTS = (

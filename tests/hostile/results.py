@@ -8,6 +8,7 @@ from pathlib import Path
 
 from conftest import TESTS  # noqa: F401 - makes the modules of tests/ importable
 from hostile.harness import RefusedError, call
+from instant_worker import InstantWorker
 from rich_rows import rich_result
 from sample_results import NO_GPU, measured_row, result
 
@@ -139,37 +140,6 @@ def report_results(folder: Path, rng: random.Random) -> None:
 
 TEXTS = tuple(f"sentence number {i} {'word ' * (i % 7)}" for i in range(24))
 PROTOCOL = Protocol(passes=1, min_s=0.001, pass_s=40, starts=2, threads=1, batch_size=8, by_length=True)
-_FACTS = {"provider": "fake", "threads": 1, "option": ["an.option", "1"]}
-
-
-class InstantWorker:
-    """Answers as a process of a cell does, without a process."""
-
-    pid = 0
-
-    def __init__(self, *_):
-        pass
-
-    def load(self, timeout_s):
-        memory = {"bare": 1, "imports": 2, "load": 3, "method": "none"}
-        return {"load_us": 100, "cold_start_us": 900, "facts": _FACTS, "memory": memory}
-
-    def ask(self, message, timeout_s):
-        if message["do"] == "peak":
-            return {"peak": 5}
-        if message["do"] == "exactness":
-            return {"exact": [5] * 20, "saturating": [4] * 20}
-        batches = message.get("batches", [])
-        return {
-            "us": [[100 + len(batch) for batch in batches]],
-            "tokenizing_us": [9] * len(batches) if message.get("tokenizing") else [],
-            "resident_us": [],
-            "answers": [[1] * len(batch) for batch in batches],
-            "probabilities": [[[2000, 8000]] * len(batch) for batch in batches],
-        }
-
-    def close(self):
-        pass
 
 
 _FAKE = {"fake": Backend("fake:Fake", ("json",))}

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def can_trace():
-    """Returns whether strace is installed and may trace processes."""
+    """Returns whether strace is installed, and whether the system allows it to trace processes."""
     strace = shutil.which("strace")
     return (
         strace is not None and subprocess.run([strace, "-qq", "-o", "/dev/null", "true"], check=False).returncode == 0

@@ -254,7 +254,10 @@ class Scene:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """Yields a copy of the prepared folder, at the place of the prepared folder, whose path the artifacts need."""
+        """Replaces the prepared folder by a fresh copy, and yields the copy.
+
+        The copy has the same path, because the artifacts were built from the checkpoint at this path.
+        """
         saved = self.prepared.with_name("saved")
         if not saved.exists():
             shutil.copytree(self.prepared, saved)
@@ -262,7 +265,11 @@ class Scene:
         yield shutil.copytree(saved, self.prepared)
 
     def faults_after(self, strace: Sequence[str] = (), kill_after: float | None = None) -> tuple[Ended, list[str]]:
-        """Runs the command with a fault, then again without one; returns the first end, and what is wrong."""
+        """Runs the command with a fault, and then the same command without a fault.
+
+        Returns:
+            The end of the first run, and a description of each fault in the folder after the two runs.
+        """
         with self.folder() as folder:
             ended = self.server.run(self.command, folder, strace, kill_after)
             faults = incomplete_results(folder)

@@ -25,6 +25,7 @@ from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
+from toolchain.ship.bundle_files.verify import read_bundle
 from toolchain.ship.bundles import TOLERANCES
 from toolchain.ship.shipping import Order
 
@@ -136,7 +137,7 @@ def test_transformers_js_on_node_gives_the_labels(bundles, validation_set, logit
 @pytest.mark.parametrize("variant", ["onnx-int8", "onnx-fp32"])
 def test_onnxruntime_on_node_gives_the_logits(bundles, validation_set, logits_here, variant):
     shutil.copy(TESTS / "clients" / "node.mjs", bundles)
-    file = next(m for m in shipping.read(bundles / "web")["models"] if m["variant"] == variant)["file"]
+    file = next(m for m in read_bundle(bundles / "web")["models"] if m["variant"] == variant)["file"]
     tokens = validation_set / str(sentences_for(variant)) / "tokens.json"
     output = json.loads(run(NODE, bundles / "node.mjs", bundles / "web", file, tokens))
     require_similar(output["answers"], logits_here(variant), "fp32" if variant == "onnx-fp32" else "int8")
@@ -213,7 +214,7 @@ def test_a_graph_with_the_tokenizer_gives_the_872_labels(reference, validation_s
 @needs_phone
 def test_the_release_of_a_phone_bundle_reads_both_formats(bundles):
     version = run(PHONE, "-c", "import onnxruntime; print(onnxruntime.__version__)").strip()
-    assert version.startswith(shipping.read(bundles / "mobile")["ort_mobile"] + ".")
+    assert version.startswith(read_bundle(bundles / "mobile")["ort_mobile"] + ".")
     output = run(PHONE, "-I", bundles / "mobile" / "verify.py")
     assert output.count("golden sentences passed") == 6
 
@@ -222,7 +223,7 @@ def test_the_release_of_a_phone_bundle_reads_both_formats(bundles):
 @pytest.mark.parametrize("target", ["python", "other"])
 def test_the_oldest_runtime_of_a_bundle_verifies_it(bundles, target):
     version = run(PHONE, "-c", "import onnxruntime; print(onnxruntime.__version__)").strip()
-    assert version.startswith(shipping.read(bundles / target)["onnxruntime"] + ".")
+    assert version.startswith(read_bundle(bundles / target)["onnxruntime"] + ".")
     assert run(PHONE, "-I", bundles / target / "verify.py").count("golden sentences passed") == 2
 
 
@@ -309,7 +310,7 @@ def test_a_bundle_verifies_itself_on_node_with_avx2(short_bundles):
 @pytest.mark.parametrize(("variant", "scheme"), [("onnx-std", "fp32"), ("onnx-std-int8", "int8")])
 def test_openvino_gives_the_logits(bundles, validation_set, logits_here, variant, scheme):
     script = TESTS / "clients" / "openvino_runtime.py"
-    file = next(m for m in shipping.read(bundles / "other")["models"] if m["variant"] == variant)["file"]
+    file = next(m for m in read_bundle(bundles / "other")["models"] if m["variant"] == variant)["file"]
     tokens = validation_set / str(sentences_for(variant)) / "tokens.json"
     output = json.loads(run(OPENVINO, script, bundles / "other" / file, tokens))
     require_similar(output["answers"], logits_here(variant), scheme)

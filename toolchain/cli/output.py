@@ -30,7 +30,7 @@ def echo_json(value: Any, **options: Any) -> None:
 
 
 def echo_error(error: ToolchainError) -> None:
-    """Prints the cause and the hint of an error as one line on standard error."""
+    """Prints an error, with its cause and its hint, as one line on standard error."""
     cause = error.cause if len(error.cause) <= MAX_CAUSE else f"{error.cause[:MAX_CAUSE]} …"
     echo(escape_line(f"Error: {cause} {error.hint}".rstrip()), err=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -334,9 +333,3 @@ def verify(folder: Path, bundle_id: str | None = None, verifier: Verifier | None
 def default_output(workspace: Workspace, target: str) -> Path:
     """Returns the default folder of a bundle for a target."""
     return workspace.exported / workspace.model / f"bundle-{target}"
-
-
-def read(folder: Path) -> dict[str, Any] | None:
-    """Returns the content of bundle.json without any check; None if the folder holds no bundle."""
-    file = folder / bundle_verifier.BUNDLE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -46,7 +46,7 @@ class Signer:
 
     @classmethod
     def open(cls, key: Path, certificate: Path | None = None) -> Signer:
-        """Returns the signer after it has read the key and the certificate.
+        """Reads the key and the certificate, and returns the signer.
 
         Raises:
             ProviderError: The package model-signing is not installed.

@@ -194,7 +194,7 @@ def _set_alarm(seconds: float) -> None:
 
 
 def _is_memory_error(error: BaseException | None) -> bool:
-    """Returns whether the error or one of its causes says that memory ran out."""
+    """Returns whether a lack of memory caused the error."""
     while error is not None:
         if isinstance(error, MemoryError | DeviceMemoryError) or _MEMORY_ERROR.search(str(error)):
             return True
