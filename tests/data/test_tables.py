@@ -1,6 +1,7 @@
 """Tests of reading texts: a file with a hostile row is refused before the row is in memory."""
 
 import csv
+import datetime
 import gzip
 import json
 import tracemalloc
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.data import tables
+from toolchain.data import parquet, tables
 from toolchain.data.files import Texts, group_texts
 from toolchain.errors import DataError
 
@@ -62,6 +63,45 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3 * tables.MAX_ROW_SIZE
+
+
+def read_damaged(path, start):
+    """Writes a Parquet file, and reads it in a child process that runs the code `start` first."""
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), path / "in.parquet")
+    (path / "sitecustomize.py").write_text(start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(path))
+        return list(Texts(str(path / "in.parquet")).read())
+
+
+def test_a_parquet_file_that_crashes_its_library_is_refused(tmp_path):
+    abort = "import os, pyarrow.parquet\npyarrow.parquet.ParquetFile = lambda *_, **__: os.abort()"
+    with pytest.raises(DataError, match=r"in\.parquet cannot be read\. The process crashed with SIGABRT"):
+        read_damaged(tmp_path, abort)
+
+
+def test_a_parquet_file_that_takes_too_long_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "ANSWER_S", 0.5)
+    sleep = "import pyarrow.parquet, time\npyarrow.parquet.ParquetFile = lambda *_, **__: time.sleep(60)"
+    with pytest.raises(DataError, match=r"in\.parquet cannot be read\. The process did not answer within"):
+        read_damaged(tmp_path, sleep)
+
+
+def test_a_parquet_file_with_a_huge_page_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "MEMORY_BYTES", 1 << 26)
+    file = tmp_path / "in.parquet"
+    texts = pyarrow.array(["a" * 2**20] * 200)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file, use_dictionary=False, data_page_size=1 << 30)
+    assert file.stat().st_size < 2**24
+    with pytest.raises(DataError, match=r"in\.parquet needs more than 67 MB to read"):
+        Texts(str(file)).count()
+
+
+def test_values_of_parquet_are_plain(tmp_path):
+    table = {"text": ["a"], "words": [["b", None]], "float": [0.1 + 0.2], "day": [datetime.date(2020, 1, 1)]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "in.parquet")
+    (row,) = tables.Table(str(tmp_path / "in.parquet")).read(list)
+    assert row == ("a", ["b", None], 0.1 + 0.2, {"value": "datetime.date(2020, 1, 1)"})
 
 
 def test_half_of_a_surrogate_pair_gives_an_error(tmp_path):

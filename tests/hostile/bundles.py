@@ -16,10 +16,10 @@ from hostile.harness import call
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from toolchain.bench.process import Child
 from toolchain.ship import worker
 from toolchain.ship.bundle_files.verify import SCHEMA, canonical_id, pad_rows
 from toolchain.ship.process import BundleProcess
+from toolchain.system.child import Child
 
 MODEL = "model.onnx"
 VARIANT = "onnx-fp32"

@@ -97,8 +97,7 @@ def run_case(kind: Kind, pristine: Path, folder: Path, seed: str, parts: Sequenc
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(pristine, folder)
     paths, mutated = kind.files(folder), set[Path]()
-    count = random.Random(seed).randint(1, MOST_MUTATIONS)
-    for part in range(count) if parts is None else parts:
+    for part in range(_mutation_count(seed)) if parts is None else parts:
         rng = random.Random(f"{seed} {part}")
         path = rng.choice(list(paths))
         path.write_bytes(kind.mutate(rng, path.read_bytes()))
@@ -148,14 +147,23 @@ def _time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def shrink(kind: Kind, pristine: Path, folder: Path, seed: str) -> list[int]:
-    """Returns the fewest mutations of an escaping case that still escape."""
-    parts = list(range(random.Random(seed).randint(1, MOST_MUTATIONS)))
+def shrink(seed: str, run: Callable[[Sequence[int]], str]) -> list[int]:
+    """Returns the fewest mutations of an escaping case that still escape.
+
+    Args:
+        seed: Seed of the case.
+        run: Function that runs the case with the mutations of some indices, and returns the outcome.
+    """
+    parts = list(range(_mutation_count(seed)))
     for part in list(parts):
         fewer = [other for other in parts if other != part]
-        if fewer and run_case(kind, pristine, folder, seed, fewer) not in ("accepted", "refused"):
+        if fewer and run(fewer) not in ("accepted", "refused"):
             parts = fewer
     return parts
+
+
+def _mutation_count(seed: str) -> int:
+    return random.Random(seed).randint(1, MOST_MUTATIONS)
 
 
 def _snapshot(folder: Path) -> dict[Path, tuple[int, int]]:

@@ -182,14 +182,13 @@ def mutate_data(rng: random.Random, content: bytes) -> bytes:
 
 
 def read_data(folder: Path, rng: random.Random) -> None:
-    """Reads each file as texts for `predict`, and as labelled texts for `bench` and `finetune`."""
+    """Reads each file as texts for `predict`, or as labelled texts for `bench` or `finetune`."""
     refusal = None
     for file in list_files(folder):
-        for read in (_read_texts, _read_labelled, _read_training):
-            try:
-                read(str(file))
-            except ToolchainError as error:
-                refusal = error
+        try:
+            rng.choice((_read_texts, _read_labelled, _read_training))(str(file))
+        except ToolchainError as error:
+            refusal = error
     if refusal:
         raise refusal
 

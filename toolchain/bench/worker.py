@@ -1,9 +1,4 @@
-"""The child process that measures a cell: it loads one session and answers the parent's messages.
-
-Each message and each answer is one line of JSON. The child writes its answers to the original standard output. All
-text that libraries print to standard output goes to standard error. The parent process stores the child's standard
-error and quotes it if the child dies.
-"""
+"""The child process that measures a cell; `toolchain.bench.process` is the parent's handle."""
 
 from __future__ import annotations
 
@@ -11,12 +6,8 @@ import contextlib
 import dataclasses
 import gc
 import importlib
-import json
-import os
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +18,7 @@ from toolchain.data import labels
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.labels import TOKENS, Tokens
 from toolchain.results.measurements import PROBABILITY
+from toolchain.system.serving import serve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -265,36 +257,6 @@ def _import_module(module: str) -> None:
 def _elapsed_us(started_ns: int) -> int:
     """Returns the whole microseconds since `started_ns`, at least 1."""
     return max(1, round((time.perf_counter_ns() - started_ns) / 1000))
-
-
-def serve(create: Callable[[dict[str, Any]], Any]) -> None:
-    """Answers messages until standard input ends.
-
-    `create` makes an object from the first message, and the object's attribute `ready` is the answer to the first
-    message. Each later message calls one method of the object that `create` made. The value ``do`` of a later message
-    is the method's name, and the other values of the message are the method's arguments.
-
-    Args:
-        create: Function that makes an object from the first message.
-    """
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    child: Any = None
-    for line in sys.stdin:
-        message = json.loads(line)
-        try:
-            if child is None:
-                child = create(message)
-                reply = child.ready
-            else:
-                reply = getattr(child, message.pop("do"))(**message)
-        except errors.ToolchainError as error:
-            reply = {"error": {"type": type(error).__name__, "cause": error.cause, "hint": error.hint}}
-        except Exception as error:
-            traceback.print_exc()
-            reply = {"error": {"type": "BenchError", "cause": f"{type(error).__name__}: {error}", "hint": ""}}
-        channel.write(json.dumps(reply) + "\n")
-        channel.flush()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from toolchain.data import parquet
 from toolchain.errors import DataError
 
 # Endings of files with columns. An input file without an ending of `FORMATS` has plain lines, with one text per line.
@@ -20,10 +21,8 @@ FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 # Largest size of a row: characters of a row in a text file, bytes of the chosen columns in Parquet. `Table` refuses a
 # file with a longer row, because a row must fit into memory. A novel has about a million characters.
 MAX_ROW_SIZE = 1 << 24
-PARQUET_ROWS = 32  # Largest number of Parquet rows to read at once.
-PARQUET_BYTES = 1 << 22  # A batch of Parquet rows has about this number of bytes; a batch has at least one row.
 _LONG_ROW = f"the row has more than {MAX_ROW_SIZE:,}"
-_LONG_ROW_HINT = "Shorten the text. In CSV, also look for a quote without an end."
+LONG_ROW_HINT = "Shorten the text. In CSV, also look for a quote without an end."
 # Function that takes the columns of a table, and returns the columns to read or raises `DataError` if one is missing.
 ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
 
@@ -46,15 +45,17 @@ class Table:
             DataError: The file is missing, is not UTF-8, does not have the format of its ending, or has a row longer
                 than `MAX_ROW_SIZE`. The error message names the faulty row where possible.
         """
-        readers = {".csv": self._csv, ".tsv": self._csv, ".jsonl": self._jsonl, ".parquet": self._parquet}
-        reader = readers.get(kind_of(self.file))
-        if reader is None:
+        kind = kind_of(self.file)
+        if kind not in FORMATS:
             raise DataError(
                 f"The ending of {self.file} is none of {', '.join(FORMATS)}.",
                 "Convert the file to one of these formats.",
             )
+        if kind == ".parquet":
+            yield from parquet.read_rows(self.file, choose, MAX_ROW_SIZE)
+            return
         with convert_read_errors(self.file):
-            yield from reader(choose)
+            yield from self._jsonl(choose) if kind == ".jsonl" else self._csv(choose)
 
     def _csv(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
         csv.field_size_limit(MAX_ROW_SIZE)  # Python's default limit for the length of a CSV field is 131,072
@@ -67,7 +68,7 @@ class Table:
             rows = csv.reader(lines, **dialect)
             try:
                 header = next(rows, [])
-                indices = [self._column_index(header, name) for name in choose(header)]
+                indices = [self.column_index(header, name) for name in choose(header)]
                 lines.begin_row()
                 for number, row in enumerate(rows, start=1):
                     lines.begin_row()
@@ -82,7 +83,8 @@ class Table:
                     f"{self.file}, line {rows.line_num}: {error}.", "Quote texts that contain commas."
                 ) from error
 
-    def _column_index(self, header: Sequence[str], name: str) -> int:
+    def column_index(self, header: Sequence[str], name: str) -> int:
+        """Returns the index of a column; raises `DataError` if several columns have its name."""
         if header.count(name) > 1:
             raise DataError(
                 f"{self.file} has {header.count(name)} columns with the name {name!r}.",
@@ -106,32 +108,6 @@ class Table:
                     raise self.row_error(number, "the line is not a JSON object")
                 names = choose(list(row)) if names is None else names
                 yield tuple(row.get(name) for name in names)
-
-    def _parquet(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(self.file, buffer_size=PARQUET_BYTES) as file:
-                header = file.schema_arrow.names
-                indices = [self._column_index(header, name) for name in choose(header)]
-                names = [header[i] for i in indices]
-                count = 0
-                for batch in file.iter_batches(_batch_rows(file.metadata, names), columns=list(dict.fromkeys(names))):
-                    self._require_short_rows(batch, count)
-                    count += batch.num_rows
-                    yield from zip(*(map(_as_python, batch.column(name)) for name in names), strict=True)
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{self.file} cannot be read: {error}.", "Save the file again as Parquet.") from error
-
-    def _require_short_rows(self, batch: Any, count: int) -> None:
-        """Raises `DataError` if a row of the Parquet batch is too long; `count` rows precede the batch."""
-        if batch.nbytes <= MAX_ROW_SIZE:
-            return
-        for index in range(batch.num_rows):
-            row = batch.slice(index, 1)
-            if sum(map(_decoded_bytes, row.columns)) > MAX_ROW_SIZE:
-                raise self.row_error(count + index + 1, f"{_LONG_ROW} bytes", _LONG_ROW_HINT)
 
     def row_error(self, number: int, fault: str, hint: str = "Correct the row.") -> DataError:
         """Returns an error about one row of the file.
@@ -168,27 +144,8 @@ class RowLines:
         self._lines += 1
         self._row_size += len(line)
         if self._row_size > MAX_ROW_SIZE:
-            raise DataError(f"{self._file}, line {self._lines}: {_LONG_ROW} characters.", _LONG_ROW_HINT)
+            raise DataError(f"{self._file}, line {self._lines}: {_LONG_ROW} characters.", LONG_ROW_HINT)
         return line
-
-
-def _as_python(value: Any) -> Any:
-    return value.as_py()
-
-
-def _batch_rows(metadata: Any, columns: Sequence[str]) -> int:
-    """Returns a number of rows that have about `PARQUET_BYTES` bytes in the chosen columns of a Parquet file."""
-    most_bytes = 1.0
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        chunks = map(group.column, range(group.num_columns))
-        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
-        most_bytes = max(most_bytes, size / max(group.num_rows, 1))
-    return max(1, min(PARQUET_ROWS, int(PARQUET_BYTES / most_bytes)))
-
-
-def _decoded_bytes(column: Any) -> int:
-    """Returns the number of bytes of a pyarrow array without dictionary encoding."""
-    return int((column.dictionary_decode() if hasattr(column, "dictionary_decode") else column).nbytes)
 
 
 def kind_of(file: str) -> str:

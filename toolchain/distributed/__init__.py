@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import toolchain
-from toolchain.bench.process import Child
 from toolchain.data.files import STDIN, Texts
 from toolchain.data.writing import Row
 from toolchain.errors import ClusterError
 from toolchain.predict import Model
 from toolchain.progress import Say
+from toolchain.system.child import Child
 from toolchain.system.extras import install_hint
 from toolchain.system.files import temporary_folder
 from toolchain.system.hardware import Machine

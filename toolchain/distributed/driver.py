@@ -1,4 +1,4 @@
-"""The driver process, which talks to the Ray cluster and receives requests through `toolchain.bench.worker.serve`."""
+"""The driver process, which talks to the Ray cluster and receives requests through `toolchain.system.serving.serve`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolchain.bench.worker import serve
 from toolchain.data.files import Texts
 from toolchain.distributed import RESUME_HINT, remote
 from toolchain.distributed.remote import Scorer, StoredFiles
 from toolchain.errors import ClusterError, ToolchainError
 from toolchain.predict import split_windows
 from toolchain.system import hardware
+from toolchain.system.serving import serve
 
 REACH_TIMEOUT_S = 5.0
 LOOK_TIMEOUT_S = 60.0

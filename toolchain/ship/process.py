@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.bench.process import Child
 from toolchain.data.files import Text
 from toolchain.data.labels import Tokens
 from toolchain.errors import ShippingError, ToolchainError, VerdictError
 from toolchain.ship.bundle_record import BundleRecord
 from toolchain.system import hardware
+from toolchain.system.child import Child
 
 if TYPE_CHECKING:
     import numpy as np

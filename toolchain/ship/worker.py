@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.backends import Place, open_session
-from toolchain.bench.worker import serve
 from toolchain.data.encoding import Encoder, open_tokenizer, pad
 from toolchain.data.files import Text
 from toolchain.data.labels import TOKENS, Tokens
@@ -23,6 +22,7 @@ from toolchain.ship import checking
 from toolchain.ship.bundle_files.verify import LOGITS, TEXT
 from toolchain.ship.process import HINT
 from toolchain.system.panics import convert_panics
+from toolchain.system.serving import limit_memory, serve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -168,23 +168,8 @@ def start(first: Mapping[str, Any]) -> Worker:
     import onnxruntime  # noqa: F401
     import tokenizers  # noqa: F401
 
-    _limit_memory(first["memory_bytes"])
+    limit_memory(first["memory_bytes"])
     return Worker(Path(first["folder"]), first["memory_bytes"])
-
-
-def _limit_memory(size: int) -> None:
-    """Limits the memory that this process may allocate from now on; without an effect on systems other than Linux."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limits
-        return
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    used = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:")), 0)
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = used + size if hard == resource.RLIM_INFINITY else min(used + size, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def _set_alarm(seconds: float) -> None:
