@@ -106,14 +106,27 @@ def cores() -> int:
 @functools.cache
 def processor() -> dict[str, Any]:
     """Returns a dict with the processor's name as ``cpu``, and its flags among `ISA_FLAGS` as ``isa``."""
-    import cpuinfo
+    name, flags = _linux_processor()
+    if not name or not flags:
+        import cpuinfo
 
-    info = cpuinfo.get_cpu_info()
-    flags = set(info.get("flags", []))
+        info = cpuinfo.get_cpu_info()  # takes about a second
+        name, flags = info.get("brand_raw", ""), info.get("flags", [])
     return {
-        "cpu": info.get("brand_raw") or platform.processor() or "unknown",
+        "cpu": name or platform.processor() or "unknown",
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
     }
+
+
+def _linux_processor() -> tuple[str, list[str]]:
+    """Returns the name and the flags of an x86 processor on Linux; empty on other processors and systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "", []
+    # Each processor of the machine has the same lines; the last one wins.
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return facts.get("model name", ""), facts.get("flags", "").split()
 
 
 def exact_int8() -> bool:
