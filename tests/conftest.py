@@ -43,7 +43,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # The test files in `LONGEST` take minutes, so they start first. If a long test file started last, only one pytest
 # worker would be busy at the end.
-LONGEST = ("test_docs.py", "test_clients.py", "test_architectures.py", "test_distributed.py", "test_mobile.py")
+LONGEST = (
+    "test_docs.py",
+    "test_clients.py",
+    "test_architectures.py",
+    "test_distributed.py",
+    "test_mobile.py",
+    "test_tune.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

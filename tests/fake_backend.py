@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,24 @@ from toolchain.backends import Place
 from toolchain.errors import DeviceMemoryError, ProviderError
 
 
+class Clock:
+    """Takes the place of the module `time` in the child process, so that the load of the machine changes no time."""
+
+    def __init__(self) -> None:
+        self._now_ns = 0
+        self._noise = random.Random(0)
+
+    def pass_us(self, duration_us: float) -> None:
+        """Lets a time of about `duration_us` microseconds pass."""
+        self._now_ns += round(1000 * duration_us * self._noise.uniform(0.95, 1.05))
+
+    def perf_counter(self) -> float:
+        return self._now_ns / 1e9
+
+    def perf_counter_ns(self) -> int:
+        return self._now_ns
+
+
 class FakeSession:
     """Answers 1 for an even sum of token ids; `behaviour.json` in the artifact's folder states all other behaviour."""
 
@@ -24,6 +44,9 @@ class FakeSession:
         self._runs = 0
         self._leaked: list[bytes] = []
         self._place = place
+        if "clock_us" in self._behaviour:
+            self._clock = Clock()
+            sys.modules["__main__"].time = self._clock  # type: ignore[attr-defined]  # the module of the child process
         if self._behaviour.get("refuse"):
             raise ProviderError(self._behaviour["refuse"], "Use another one.")
         print("a library that prints to standard output must not disturb the replies to the parent process")
@@ -45,6 +68,8 @@ class FakeSession:
                 raise RuntimeError(behaviour["raise"])
         if "leak" in behaviour:
             self._leaked.append(bytes(behaviour["leak"]))
+        if "clock_us" in behaviour:
+            self._clock.pass_us(behaviour["clock_us"] * len(batch["input_ids"]))
         duration_s = behaviour.get("us", 200) * len(batch["input_ids"]) / 1e6
         if not self._place.exact:
             duration_s /= behaviour["option_time"]

@@ -264,8 +264,15 @@ class Scene:
         shutil.rmtree(self.prepared)
         yield shutil.copytree(saved, self.prepared)
 
-    def faults_after(self, strace: Sequence[str] = (), kill_after: float | None = None) -> tuple[Ended, list[str]]:
+    def faults_after(
+        self, strace: Sequence[str] = (), kill_after: float | None = None, hidden_may_stay: bool = False
+    ) -> tuple[Ended, list[str]]:
         """Runs the command with a fault, and then the same command without a fault.
+
+        Args:
+            strace: Arguments of strace for the first run.
+            kill_after: Seconds until the first run is killed.
+            hidden_may_stay: Whether hidden files that the commands leave are no fault.
 
         Returns:
             The end of the first run, and a description of each fault in the folder after the two runs.
@@ -280,7 +287,10 @@ class Scene:
             is_complete = again.code == 0 or (again.code == 1 and " exists." in again.output)
             if not is_complete:
                 faults.append(f"again: exit code {again.code}: {again.output[-300:]}")
-            if is_complete and (others := file_names(folder) ^ self.expected):
+            others = file_names(folder) ^ self.expected
+            if hidden_may_stay:
+                others = {name for name in others if not re.search(r"(^|/)\.", name)}
+            if is_complete and others:
                 faults.append(f"again: other files: {sorted(others)[:5]}")
             return ended, faults
 
@@ -297,7 +307,7 @@ class Scene:
 def prepared_server() -> Iterator[tuple[CommandServer, Path]]:
     """Yields a server and the prepared folder."""
     with tempfile.TemporaryDirectory() as scratch:
-        server = CommandServer()
+        server = CommandServer(MODULES)
         try:
             folder = Path(scratch) / "folder"
             folder.mkdir()
@@ -314,9 +324,8 @@ def kill(scene: Scene, source: random.Random) -> tuple[Ended, list[str]]:
 
 def inject(scene: Scene, call: str, number: int, error: str = "ENOSPC") -> tuple[Ended, list[str]]:
     """Lets the call with this number fail; returns the end of the command, and what is wrong afterwards."""
-    return scene.faults_after(
-        ["-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={number}"]
-    )
+    strace = ["-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={number}"]
+    return scene.faults_after(strace, hidden_may_stay=call == "unlink")
 
 
 def main() -> int:
