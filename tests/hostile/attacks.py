@@ -4,16 +4,16 @@ This module imports nothing, because docs/readme_parts.py also reads the table.
 """
 
 ATTACKS = {
-    "result files": ("`compare`: all formats, limits, an older run; the attacker corrects all figures", 100),
-    "result files, as a page": ("`compare --format html`", 3),
-    "journals": ("`bench --resume`", 100),
-    "manifests": ("`variants` and `predict` on a folder of artifacts; the attacker corrects id and seal", 100),
-    "files of an artifact": ("`predict`; the attacker corrects all digests of the manifest", 40),
-    "checkpoints": ("the import of `export`: config, tokenizer, weights, training.json", 100),
+    "result files": ("`compare`: all formats, limits, an older run; the attacker corrects all figures", 200),
+    "result files, as a page": ("`compare --format html`", 20),
+    "journals": ("`bench --resume`", 200),
+    "manifests": ("`variants` and `predict` on a folder of artifacts; the attacker corrects id and seal", 200),
+    "files of an artifact": ("`predict`; the attacker corrects all digests of the manifest", 200),
+    "checkpoints": ("the import of `export`: config, tokenizer, weights, training.json", 200),
     "adapters": ("the import of `export`: adapter_config.json", 200),
     "data files": ("`predict`, `bench`, `finetune`: CSV, TSV, JSON lines, gzip, Parquet", 200),
     "records of a model": ("layer shapes, number formats and latency tables", 200),
-    "searches": ("`tune`, when it continues", 100),
-    "ONNX graphs": ("the passes of `export` and `quantize`", 100),
+    "searches": ("`tune`, when it continues", 200),
+    "ONNX graphs": ("the passes of `export` and `quantize`", 200),
     "bundles": ("`verify` and `predict`; the attacker corrects all digests", 200),
 }

@@ -160,13 +160,13 @@ CASES = {
     "tune": ("tune", "--max-drop", "90", "--budget", "1s", *TRAIN, "--data", "rows.csv", *MODEL),
     "bench": ("bench", "--quick", "--variant", "onnx-int8", "--data", "rows.csv", "--save-as", "run", *MODEL),
     "compare": ("compare", "--plots", "plots", *MODEL),
-    "ship": ("ship", "onnx-fp32", "--target", "other", "--license", "MIT", "--output", "bundle", *MODEL),
+    "ship": ("ship", "onnx-fp32", "--target", "python", "--license", "MIT", "--output", "bundle", *MODEL),
     "predict": ("predict", "onnx-int8", "rows.csv", "--output", "scores.csv", *MODEL),
 }
 PREPARED = (
     ("export", *MODEL),
     ("quantize", *MODEL),
-    ("ship", "onnx-std", "--target", "other", "--license", "MIT", "--output", "bundle", *MODEL),
+    ("ship", "onnx-int8", "--target", "python", "--license", "MIT", "--output", "bundle", *MODEL),
     ("bench", "--quick", "--variant", "onnx-int8", "--data", "rows.csv", *MODEL),
 )
 

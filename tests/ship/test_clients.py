@@ -282,9 +282,13 @@ def test_an_emulated_processor_saturates_only_without_the_option_and_vnni(short_
     assert output.split() == [str(processor == emulated.AVX2), "False"]
 
 
-@on_each_processor
 @pytest.mark.parametrize(
-    ("target", "files"), [("python", ["onnx-int8", "onnx-int8-portable"]), ("mobile", ["onnx-int8", "onnx-int8.ort"])]
+    ("processor", "target", "files"),
+    [
+        pytest.param(emulated.AVX2, "python", ["onnx-int8", "onnx-int8-portable"], marks=needs_avx2),
+        pytest.param(emulated.ARM, "python", ["onnx-int8", "onnx-int8-portable"], marks=needs_arm),
+        pytest.param(emulated.ARM, "mobile", ["onnx-int8", "onnx-int8.ort"], marks=needs_arm),
+    ],
 )
 def test_a_bundle_verifies_itself_on_other_processors(short_bundles, processor, target, files):
     output = run(*emulated.python(processor, CLIENTS), "-I", short_bundles / target / "verify.py")

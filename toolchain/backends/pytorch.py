@@ -325,6 +325,22 @@ def translate_memory_error(device: torch.device) -> Iterator[None]:
         raise DeviceMemoryError.failed_allocation(size) from error
 
 
+@contextmanager
+def _translate_errors(batch: dict[str, np.ndarray]) -> Iterator[None]:
+    """Converts the errors of PyTorch for a batch to `ArtifactError`, except a lack of memory."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:  # for example, a token id of a foreign tokenizer is too large
+        shape = " × ".join(map(str, batch["input_ids"].shape))
+        raise ArtifactError(
+            f"The model fails on a batch of {shape} tokens: {first_line(error)}.", "Build the variant again."
+        ) from error
+
+
 def silence_transformers() -> None:
     """Disables the progress bars and warnings of transformers and torchao, so that a command does not print them."""
     from transformers.utils import logging as transformers_logging
@@ -360,7 +376,7 @@ class TorchSession:
         """See `Session.run`."""
         import torch
 
-        with torch.inference_mode(), translate_memory_error(self._device):
+        with torch.inference_mode(), translate_memory_error(self._device), _translate_errors(batch):
             logits: np.ndarray = self._model(**self._to_device(batch)).logits.float().cpu().numpy()
         return logits
 
