@@ -24,8 +24,9 @@ from toolchain.data.files import Texts
 from toolchain.data.inputs import SST2_LABELS, TrainingSource
 from toolchain.data.labels import LabelSet
 from toolchain.errors import ToolchainError
-from toolchain.models import adapters, checkpoints
+from toolchain.models import adapters, checkpoints, locations
 from toolchain.models.architectures import LayerShape, read_shapes
+from toolchain.models.locations import Source
 from toolchain.pruning import costs
 from toolchain.tuning.candidates import Candidate
 from toolchain.tuning.study import Outcome, open_study
@@ -214,17 +215,20 @@ SETTINGS = {
 
 
 def write_records(folder: Path) -> None:
-    """Writes a latency table, layer shapes and the number format of a quantised model."""
+    """Writes a latency table, layer shapes, the number format of a quantised model, and a checkpoint's location."""
     times = {"base_ms": 1.0, "heads_ms": {"0": 0.0, "2": 1.5}, "neurons_ms": {"0": 0.0, "16": 2.5}}
     (folder / "latency.json").write_text(json.dumps({"schema": costs.SCHEMA, **SETTINGS, **times}))
     (folder / checkpoints.SHAPES).write_text(json.dumps({"layers": [{"heads": 2, "ffn": 16}, {"heads": 0, "ffn": 3}]}))
     Precision("int8", ("a.b", "c")).write(folder)
+    locations.record(folder, Source("folder", "/checkpoints/tiny"))
 
 
 def read_records(folder: Path, rng: random.Random) -> None:
-    """Reads the three records, and computes speed-ups from the latency table."""
+    """Reads the four records, and computes speed-ups from the latency table."""
     read_shapes(folder)
     Precision.read(folder)
+    source = locations.read(folder, Source("folder", "tiny"))
+    assert Path(source.ref).name == "tiny"
     table = costs._read_table(folder / "latency.json", SETTINGS)
     whole, half = (table.sentence_ms([LayerShape(heads, ffn)] * 2) for heads, ffn in ((2, 16), (1, 8)))
     json.dumps(round(whole / half, 3), allow_nan=False)

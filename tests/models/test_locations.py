@@ -56,7 +56,12 @@ def test_artifacts_of_another_machine_are_used_without_the_checkpoint(tiny, tiny
     built_ids = {name: tiny.load(name).manifest.id for name in ("torch-fp32", "onnx-int8")}
     artifacts = ensure(moved, ["onnx-int8"], {}, lambda event: None)
     assert {name: artifacts[name].manifest.id for name in built_ids} == built_ids
-    assert resolve(str(folder), tiny.exported) == (tiny.model, Source("folder", str(folder)))
+    assert not (model / LOCATION).exists()
+    named = Workspace(tiny.exported, *resolve(str(folder), tiny.exported))
+    assert (named.model, named.source) == (tiny.model, Source("folder", str(folder)))
+    ensure(named, ["onnx-int8"], {}, lambda event: None)
+    assert locations.read(model, store_source(tiny)).ref == str(folder)
+    (model / LOCATION).unlink()
     shutil.rmtree(tiny.path("torch-fp32"))
     with pytest.raises(CheckpointError, match=r"imported on another machine.*--model FOLDER"):
         ensure(moved, ["torch-fp32"], {}, lambda event: None)

@@ -188,6 +188,7 @@ def ensure(
         if item.artifact and not item.reason:
             say(FreshVariant(name))
             artifacts[name] = item.artifact
+            _record_location(workspace, item.step)
             continue
         say(f"{name}: building ({item.reason})")
         start = time.monotonic()
@@ -291,10 +292,14 @@ def _build(
                 raise _validation_error(workspace, name, manifest, parent, report)
             _require_parent_unchanged(workspace, item.step, parent)
             artifact = store.publish(scratch, target, dataclasses.replace(manifest, validation=report))
-            if isinstance(item.step, Import):
-                locations.record(workspace.exported / workspace.model, workspace.source)
+            _record_location(workspace, item.step)
         shutil.rmtree(resume, ignore_errors=True)
         return artifact
+
+
+def _record_location(workspace: Workspace, step: Step) -> None:
+    if isinstance(step, Import):
+        locations.record(workspace.exported / workspace.model, workspace.source)
 
 
 def _validation_error(

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from toolchain.errors import ArtifactError
 from toolchain.system import files
 from toolchain.system.decoding import Line, decode, read_bytes, strict
 
@@ -64,17 +63,16 @@ class _Location:
 
 
 def record(folder: Path, source: Source) -> None:
-    """Records the paths of the source in the model's folder, unless the source names no folder.
+    """Records the paths of the source in the model's folder, unless the source has none, or the disk refuses it.
 
-    Raises:
-        ArtifactError: The record cannot be written.
+    Without the record, a later command names the folder again.
     """
-    if source.kind != "folder" and not Path(source.base).is_absolute():
+    if not Path(source.ref).is_absolute() and not Path(source.base).is_absolute():
         return
-    try:
-        files.write_whole(folder / LOCATION, json.dumps({"ref": source.ref, "base": source.base}))
-    except OSError as error:
-        raise ArtifactError.unwritable(folder, error) from error
+    content = json.dumps({"ref": source.ref, "base": source.base})
+    path = folder / LOCATION
+    if not path.is_file() or path.read_bytes() != content.encode():
+        files.write_cache(path, content)
 
 
 def read(folder: Path, source: Source) -> Source:
