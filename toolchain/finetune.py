@@ -271,7 +271,7 @@ def _write_start(folder: Path, start: Path, rows: Data, keep: bool, seed: int) -
         # The head starts at the mean score, because training would need many steps to move it far from 0.
         head = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1][-1]
         torch.nn.init.constant_(head.bias, sum(map(number, rows.labels)) / len(rows.labels))
-    with files.writing_tensors(start):
+    with files.writing_in_rust(start):
         model.save_pretrained(start, safe_serialization=True, max_shard_size="1TB")
     for name in checkpoints.TOKENIZER_FILES:
         if (folder / name).is_file():

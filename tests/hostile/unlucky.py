@@ -152,6 +152,7 @@ TRAIN = ("--train-data", "rows.csv")
 # Each command that writes files. Before it runs, the folder has the checkpoint `tiny`, labelled rows, a result file,
 # a bundle, and the artifacts of `export` and `quantize` with other settings than those below.
 CASES = {
+    "import": ("export", "--model", "tiny", "--exported", "other"),
     "export": ("export", "--opset", "17", *MODEL),
     "quantize": ("quantize", "--no-pass", "padding", *MODEL),
     "quantize-torch": ("quantize", "--backend", "torch", *MODEL),
@@ -193,7 +194,7 @@ def prepare(server: CommandServer, folder: Path) -> None:
 def incomplete_results(folder: Path) -> list[str]:
     """Returns the results in the folder that are not complete, each with the reason."""
     checks: list[tuple[Path, Callable[[Path], object]]] = []
-    checks += [(path, _check_artifact) for path in (folder / "exported" / "tiny").glob("[!.]*") if path.is_dir()]
+    checks += [(path, _check_artifact) for path in folder.glob("*/tiny/[!.]*") if path.is_dir()]
     checks += [(path, _check_checkpoint) for path in folder.glob("tuned")]
     checks += [(path, read_bundle) for path in folder.glob("bundle")]
     checks += [(path, ResultFile.read) for path in folder.glob("benchmarks/results/**/*.json")]

@@ -138,9 +138,14 @@ def test_an_error_without_a_file_gets_the_place(tmp_path):
     with pytest.raises(OSError, match=r"^a text$") as error, files.name_place(tmp_path):
         raise OSError("a text")
     assert error.value.filename is None
-    with pytest.raises(OSError, match="full") as error, files.writing_tensors(tmp_path):
+    with pytest.raises(OSError, match="full") as error, files.writing_in_rust(tmp_path):
         raise SafetensorError("the disk is full")
     assert (error.value.errno, error.value.filename) == (errno.EIO, str(tmp_path))
+    with pytest.raises(OSError, match="No space left") as error, files.writing_in_rust(tmp_path):
+        raise Exception("No space left on device (os error 28)")
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path))
+    with pytest.raises(ValueError, match="another error"), files.writing_in_rust(tmp_path):
+        raise ValueError("another error")
 
 
 def test_a_name_of_the_greatest_length_can_be_written(tmp_path):

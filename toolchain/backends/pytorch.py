@@ -220,7 +220,7 @@ def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     is_own_format = (folder / SHAPES).is_file() or (precision is not None and precision.layers)
     contiguous_tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     file = folder / (OWN_WEIGHTS if is_own_format else WEIGHTS)
-    with files.writing_tensors(file):
+    with files.writing_in_rust(file):
         save_file(contiguous_tensors, file, metadata={"format": "pt"})
 
 

@@ -10,6 +10,7 @@ from toolchain.errors import CheckpointError, first_line
 from toolchain.models.checkpoints import SENTENCEPIECE_FILES
 from toolchain.system.decoding import decode_object, read_bytes
 from toolchain.system.extras import install_hint, unmet_requirement
+from toolchain.system.files import writing_in_rust
 from toolchain.system.panics import convert_panics
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -49,8 +50,10 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
     Raises:
         CheckpointError: The tokenizer's class cannot write tokenizer.json.
+        OSError: The disk refuses a file.
     """
-    tokenizer.save_pretrained(folder)
+    with writing_in_rust(folder):
+        tokenizer.save_pretrained(folder)
     if _class_name(folder) == _GENERIC_CLASS:
         file = folder / "tokenizer_config.json"
         config = {**decode_object(read_bytes(file)), "tokenizer_class": _PORTABLE_CLASS}

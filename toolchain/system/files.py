@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust describes an error of the operating system
 # Error numbers with which the operating system refuses to write a file.
 REFUSALS = (
     errno.ENOSPC,
@@ -150,15 +152,24 @@ def name_place(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing_tensors(path: Path) -> Iterator[None]:
-    """Converts safetensors' own error class for a failed write of `path` to an `OSError` with the path."""
+def writing_in_rust(path: Path) -> Iterator[None]:
+    """Converts the errors of safetensors and tokenizers for a failed write of `path` to an `OSError` with the path.
+
+    Both libraries are written in Rust. tokenizers raises a plain `Exception`, whose text ends with the error number.
+    """
     from safetensors import SafetensorError
 
     with name_place(path):
         try:
             yield
-        except SafetensorError as error:
-            raise OSError(errno.EIO, str(error), os.fspath(path)) from error
+        except OSError:
+            raise
+        except Exception as error:
+            number = _RUST_ERROR.search(str(error))
+            if not number and not isinstance(error, SafetensorError):
+                raise
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code) if number else str(error), os.fspath(path)) from error
 
 
 @contextmanager

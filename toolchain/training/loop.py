@@ -381,7 +381,7 @@ def _write(path: Path, tensors: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     scratch = path.with_name(f".{path.name}")
-    with files.writing_tensors(scratch):
+    with files.writing_in_rust(scratch):
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch)
         files.flush(scratch)
     os.replace(scratch, path)

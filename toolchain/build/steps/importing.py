@@ -27,7 +27,7 @@ from toolchain.models.checkpoints import (
 )
 from toolchain.models.tokenizers import load_tokenizer, save_tokenizer
 from toolchain.system.decoding import check_line, decode_object, read_bytes
-from toolchain.system.files import writing_tensors
+from toolchain.system.files import writing_in_rust
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
         # Without a problem_type, one output also means a regression.
         model.config.problem_type = "regression"
     # Weights of any size go into one file, because every later step reads exactly one file.
-    with writing_tensors(job.folder / WEIGHTS):
+    with writing_in_rust(job.folder / WEIGHTS):
         model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
     names = _input_names(model, tokenizer)
     # Input names are stored, because the tokenizer class may by default give inputs that this model does not accept.
