@@ -268,7 +268,7 @@ class Scene:
     def faults_after(
         self, strace: Sequence[str] = (), kill_after: float | None = None, hidden_may_stay: bool = False
     ) -> tuple[Ended, list[str]]:
-        """Runs the command with a fault, and then the same command without a fault.
+        """Runs the command with a fault, and then the same command without a fault; an interrupted benchmark resumes.
 
         Args:
             strace: Arguments of strace for the first run.
@@ -283,7 +283,8 @@ class Scene:
             faults = incomplete_results(folder)
             if "unexpected" in ended.output or "Traceback" in ended.output:
                 faults.append(f"no message: {ended.output[-300:]}")
-            again = self.server.run(self.command, folder)
+            is_resumable = any(folder.glob("benchmarks/results/local/*.journal"))
+            again = self.server.run([*self.command, *(["--resume"] if is_resumable else [])], folder)
             faults += [f"again: {fault}" for fault in incomplete_results(folder)]
             is_complete = again.code == 0 or (again.code == 1 and " exists." in again.output)
             if not is_complete:
