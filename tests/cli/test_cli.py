@@ -148,6 +148,25 @@ def test_a_dry_run_prints_the_plan_and_builds_nothing(working_folder, say, tiny_
     assert not (working_folder / "exported").exists()
 
 
+@pytest.mark.parametrize(
+    ("rows", "built_fault", "fault"),
+    [
+        (None, "There is no file", "There is no file"),
+        ("text\ngood\n", "no column 'label'", "no column 'label'"),
+        ("text,label\ngood,seven\n", "seven", None),
+    ],
+)
+def test_a_dry_run_of_bench_checks_the_data(working_folder, say, tiny_checkpoint, built_tiny, rows, built_fault, fault):
+    if rows:
+        (working_folder / "rows.csv").write_text(rows)
+    options = ("bench", "--data", "rows.csv", "--dry-run", "--model")
+    code, out, err = say(*options, built_tiny.model, "--exported", built_tiny.exported)
+    assert (code, out, built_fault in err) == (1, "", True)
+    # Before the import of the checkpoint, its labels are unknown.
+    code, _, err = say(*options, tiny_checkpoint)
+    assert (code, (fault or "") in err) == (1 if fault else 0, True)
+
+
 def test_a_folder_that_cannot_be_written_gives_an_error(working_folder, say, tiny_checkpoint):
     (working_folder / "file").write_text("")
     code, _, err = say("export", "--model", tiny_checkpoint, "--exported", "file/inside")

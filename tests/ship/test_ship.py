@@ -661,8 +661,8 @@ def test_no_file_of_a_bundle_is_imported_as_a_library(bundle, command):
 
 
 def test_a_folder_without_a_bundle_is_a_failure_and_no_verdict(tmp_path):
-    for folder in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(ShippingError, match="is not a bundle"):
+    for folder, fault in ((tmp_path, "is not a bundle"), (tmp_path / "nothing", r"There is no folder .*nothing\.")):
+        with pytest.raises(ShippingError, match=fault):
             shipping.verify(folder)
     assert bundled.main(tmp_path) == 1
 

@@ -15,6 +15,7 @@ import toolchain
 from toolchain.artifacts import store, variants
 from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.steps import PROVIDERS
+from toolchain.artifacts.store import Artifact
 from toolchain.bench import journal, roofline
 from toolchain.bench.cells import Cell
 from toolchain.bench.journal import Journal
@@ -206,11 +207,27 @@ def evaluation_data(workspace: Workspace, request: Request, say: Say) -> tuple[M
         DataError: The data cannot be used with this model.
     """
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT]
+    return root.manifest, _load_data(root, request, say)
+
+
+def check_data(workspace: Workspace, request: Request, say: Say) -> None:
+    """Checks the data of a dry run: its file and columns, and its labels if the checkpoint is already imported.
+
+    Raises:
+        DataError: The data cannot be used.
+    """
+    if root := workspace.load(checkpoints.ROOT_VARIANT):
+        _load_data(root, request, say)
+    elif request.data:
+        TrainingSource(request.data, request.columns).read()
+
+
+def _load_data(root: Artifact, request: Request, say: Say) -> Data:
     split, training_digest = request.split, root.manifest.facts.get("trained_on")
     if request.data and not split and TrainingSource(request.data, request.columns).digest == training_digest:
         say(f"{request.data} is the training data of the model, so only its held-out rows are measured")
         split = inputs.HELD_OUT_SPLIT
-    return root.manifest, inputs.load(request.data, root.label_set, request.columns, split)
+    return inputs.load(request.data, root.label_set, request.columns, split)
 
 
 def _count_tokens(encoder: encoding.Encoder | None, data: Data) -> list[int]:

@@ -135,6 +135,9 @@ def bench(
     if engine != RAY:
         saving.require_free([None])
     if dry_run:
+        from toolchain.cli.progress import say
+
+        run.check_data(workspace, request, say)
         for name, provider, what in run.preview(workspace, request):
             echo(f"{name}@{provider}: {what}")
         return

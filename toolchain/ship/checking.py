@@ -109,9 +109,9 @@ def _translate_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
+        fault = f"{folder} is not a bundle: it has no {bundle_verifier.BUNDLE}."
         raise ShippingError(
-            f"{folder} is not a bundle: it has no {bundle_verifier.BUNDLE}.",
-            "Name a folder that `toolchain ship` wrote.",
+            fault if folder.is_dir() else f"There is no folder {folder}.", "Name a folder that `toolchain ship` wrote."
         ) from error
     except ImportError as error:
         raise ProviderError(
