@@ -15,6 +15,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 from chromium import PROGRAM, Chromium
+from command_server import CommandServer
 from conftest import ROOT, make_checkpoint
 from readme_parts import BENCH, MARKED, PAGES, filled, parts
 from test_imports import FLOORS
@@ -132,7 +133,7 @@ def test_the_documented_floors_match_the_tested_ones():
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A folder like a new clone, with a tiny checkpoint as its model and the tests' environment as `.venv`."""
+    """A folder like a new clone, with a tiny checkpoint as its model."""
     marker = Path(sys.prefix) / ".installed"
     # `make install` would reinstall an environment whose marker file `.installed` names no runtime
     if not marker.exists() or not marker.read_text().strip():
@@ -145,7 +146,6 @@ def clone(tmp_path_factory):
     (folder / "tests").mkdir()
     for name in ("tickets.csv", "reviews.csv", "orders.jsonl"):
         shutil.copy2(ROOT / "tests" / name, folder / "tests")
-    (folder / ".venv").symlink_to(sys.prefix)
     make_checkpoint(folder / "my-checkpoint", width=64, leaning=30)
     rows = "".join(f"a film of {i} words,{i % 2}\n" for i in range(30))
     (folder / "reviews.csv").write_text("review,label\n" + rows)
@@ -167,6 +167,24 @@ def environment():
 
 
 @pytest.fixture(scope="module")
+def environment_folder(clone, environment):
+    """The folder `.venv` of the clone: the tests' environment, whose command `toolchain` is a fork of one process."""
+    folder = clone / ".venv"
+    (folder / "bin").mkdir(parents=True)
+    for path in Path(sys.prefix).iterdir():
+        if path.name != "bin":
+            (folder / path.name).symlink_to(path)
+    for path in (Path(sys.prefix) / "bin").iterdir():
+        if path.name not in ("toolchain", "activate"):
+            (folder / "bin" / path.name).symlink_to(path)
+    (folder / "bin" / "activate").write_text(f"PATH={folder}/bin:$PATH\n")
+    server = CommandServer(environment=environment)
+    server.write_program(folder / "bin" / "toolchain")
+    yield folder
+    server.close()
+
+
+@pytest.fixture(scope="module")
 def finished_commands():
     """Commands that already ran for a page; they do not run again for another page."""
     return set()
@@ -174,7 +192,7 @@ def finished_commands():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_PAGES, ids=[str(page.relative_to(ROOT)) for page in RUN_PAGES])
-def test_the_blocks_of_a_page_run_in_order(page, clone, environment, finished_commands):
+def test_the_blocks_of_a_page_run_in_order(page, clone, environment_folder, environment, finished_commands):
     for kind, text in blocks(page):
         if kind == "bash":
             new_commands = [

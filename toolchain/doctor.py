@@ -16,6 +16,7 @@ from toolchain import exporters
 from toolchain.backends.ort import EXACT_PRODUCTS
 from toolchain.system import hardware
 from toolchain.system.extras import requirements_of
+from toolchain.system.quota import cpu_quota
 
 MIN_DISK_BYTES = 5e9
 MIN_MEMORY_BYTES = 4e9
@@ -152,8 +153,16 @@ def _processor() -> list[Finding]:
             f"{option}"
         )
         hint = f"Set {EXACT_PRODUCTS[0]} in your own apps, or run `toolchain quantize --isa portable`."
-        return [Finding("note", what, hint)]
-    return [Finding("ok", text)]
+        return [Finding("note", what, hint), *_quota()]
+    return [Finding("ok", text), *_quota()]
+
+
+def _quota() -> list[Finding]:
+    quota = cpu_quota()
+    if quota is None or quota >= 1:
+        return []
+    what = f"this container may use only {quota:.2g} of one core, so every measured time is longer than on a whole core"
+    return [Finding("note", what, "Give the container at least one CPU, for example with `docker run --cpus 1`.")]
 
 
 def _memory() -> list[Finding]:

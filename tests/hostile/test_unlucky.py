@@ -25,7 +25,7 @@ def can_trace():
 
 @pytest.fixture(scope="module")
 def scene(built_tiny, tmp_path_factory):
-    server = unlucky.CommandServer(("onnxruntime", "tokenizers", "toolchain.predict"))
+    server = unlucky.TracedServer(("onnxruntime", "tokenizers", "toolchain.predict"))
     folder = tmp_path_factory.mktemp("unlucky") / "folder"
     for name in ("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"):
         shutil.copytree(built_tiny.path(name), folder / "exported" / "tiny" / name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import random
 import re
@@ -27,6 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from command_server import MODULES, CommandServer
 
 from toolchain.artifacts import store
 from toolchain.data import inputs
@@ -48,33 +51,14 @@ class Ended:
     seconds: float
 
 
-class CommandServer:
-    """Runs commands in forks of one process that has already imported the libraries."""
+class TracedServer(CommandServer):
+    """Runs commands in forks of one process, which strace can trace."""
 
-    def __init__(self, modules: Sequence[str]) -> None:
+    def __init__(self, modules: Sequence[str] = MODULES) -> None:
         """Starts the process, which first imports the modules."""
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "SHORT_BENCH": "1",
-            "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE.parents[1]}",
-        }
-        self._server = subprocess.Popen(
-            [sys.executable, str(HERE / "command_server.py"), *modules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self._read("ready")
-
-    def _read(self, expected: str | None = None) -> str:
-        assert self._server.stdout
-        line = self._server.stdout.readline().strip()
-        if not line or expected not in (None, line):
-            raise RuntimeError(f"the command server failed: {line}")
-        return line
+        variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SHORT_BENCH": "1"}
+        path = f"{HERE.parent}{os.pathsep}{HERE.parents[1]}"
+        super().__init__(modules, {**os.environ, **variables, "PYTHONPATH": path})
 
     def run(
         self,
@@ -91,30 +75,29 @@ class CommandServer:
             strace: Arguments of strace, which then traces the command; empty to run without strace.
             kill_after: Seconds until the command is killed; None to let it end.
         """
-        assert self._server.stdin
-        output = folder.parent / "output.txt"
-        request = {"arguments": list(arguments), "folder": str(folder), "output": str(output)}
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        pid = int(self._read())
+        path = folder.parent / "output.txt"
+        with path.open("w") as output:
+            started = self.start(arguments, folder, output, stop=True)
         tracer = None
         if strace:
-            tracer = subprocess.Popen(["strace", "-f", "-qq", *strace, "-p", str(pid)], stderr=subprocess.DEVNULL)
-            while "\nTracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text():
+            tracer = subprocess.Popen(
+                ["strace", "-f", "-qq", *strace, "-p", str(started.pid)], stderr=subprocess.DEVNULL
+            )
+            while "\nTracerPid:\t0\n" in Path(f"/proc/{started.pid}/status").read_text():
                 if tracer.poll() is not None:
                     raise RuntimeError("strace cannot trace processes on this machine")
                 time.sleep(0.002)
         start = time.monotonic()
-        os.kill(pid, signal.SIGCONT)
+        os.kill(started.pid, signal.SIGCONT)
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(pid, signal.SIGKILL)
-        code = int(self._read())
+            os.kill(started.pid, signal.SIGKILL)
+        code = started.wait()
         seconds = time.monotonic() - start
         if tracer:
             tracer.wait()
-        self._require_no_processes(pid)
-        return Ended(code, output.read_text(errors="replace"), seconds)
+        self._require_no_processes(started.pid)
+        return Ended(code, path.read_text(errors="replace"), seconds)
 
     def _require_no_processes(self, session: int) -> None:
         """Raises `AssertionError` if processes of an ended command still run after some seconds."""
@@ -123,12 +106,6 @@ class CommandServer:
             if time.monotonic() > deadline:
                 raise AssertionError(f"the command left processes: {orphans}")
             time.sleep(0.05)
-
-    def close(self) -> None:
-        """Ends the server."""
-        assert self._server.stdin
-        self._server.stdin.close()
-        self._server.wait()
 
 
 def _processes_of(session: int) -> Iterator[str]:
@@ -140,12 +117,6 @@ def _processes_of(session: int) -> Iterator[str]:
             continue
 
 
-# Modules that the commands would import one by one.
-MODULES = (
-    *("datasets", "onnx_ir", "onnxruntime", "safetensors.torch", "torch", "transformers.models.auto.modeling_auto"),
-    *("transformers.models.distilbert.modeling_distilbert", "toolchain.predict", "toolchain.ship.shipping"),
-    *("toolchain.tuning", "toolchain.finetune"),
-)
 MODEL = ("--model", "tiny", "--exported", "exported")
 ROWS = 120  # number of labelled sentences
 TRAIN = ("--train-data", "rows.csv")
@@ -179,7 +150,7 @@ def write_rows(path: Path) -> None:
     path.write_text("\n".join(["sentence,label", *rows]) + "\n", encoding="utf-8")
 
 
-def prepare(server: CommandServer, folder: Path) -> None:
+def prepare(server: TracedServer, folder: Path) -> None:
     """Fills the folder with what the commands of `CASES` need."""
     from conftest import make_checkpoint
 
@@ -238,14 +209,14 @@ def file_names(folder: Path) -> set[str]:
 class Scene:
     """One command with the prepared folder, and the names of the files that it leaves when nothing fails."""
 
-    server: CommandServer
+    server: TracedServer
     prepared: Path
     command: tuple[str, ...]
     expected: set[str]
     seconds: float
 
     @classmethod
-    def open(cls, server: CommandServer, prepared: Path, name: str) -> Scene:
+    def open(cls, server: TracedServer, prepared: Path, name: str) -> Scene:
         """Runs the command once without a fault."""
         scene = cls(server, prepared, CASES[name], set(), 0.0)
         with scene.folder() as folder:
@@ -306,10 +277,10 @@ class Scene:
 
 
 @contextmanager
-def prepared_server() -> Iterator[tuple[CommandServer, Path]]:
+def prepared_server() -> Iterator[tuple[TracedServer, Path]]:
     """Yields a server and the prepared folder."""
     with tempfile.TemporaryDirectory() as scratch:
-        server = CommandServer(MODULES)
+        server = TracedServer()
         try:
             folder = Path(scratch) / "folder"
             folder.mkdir()
@@ -365,5 +336,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(HERE.parent))
     sys.exit(main())

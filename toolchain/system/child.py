@@ -67,6 +67,7 @@ class Child(abc.ABC):
             timeout_s: Seconds to wait for the answer; None waits without limit.
 
         Raises:
+            OSError: The system refuses to send the message to the running child.
             ToolchainError: The child raised a `ToolchainError`, and the parent raises the same error. The child raised
                 another error, and the parent raises a `ToolchainError` with its message. Or the child ended, crashed,
                 was killed, or did not answer in time. A subclass of `Child` chooses the class of the last error, whose
@@ -76,7 +77,9 @@ class Child(abc.ABC):
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except OSError:
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError) and self._process.poll() is None:
+                raise  # the child still runs, so it would never end
             raise self._make_exit_error() from None
         try:
             answer = self._replies.get(timeout=timeout_s)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, NotRequired, cast
 from typing_extensions import TypedDict
 
 from toolchain.system.decoding import Count, Line, Plain, open_record
+from toolchain.system.quota import cpu_quota
 
 # The packages whose versions affect measurements.
 STACK = (
@@ -95,12 +96,17 @@ def versions() -> dict[str, str]:
 
 
 def cores() -> int:
-    """Returns the number of physical cores that this process may use."""
+    """Returns the number of physical cores that this process may use.
+
+    In a container with a CPU quota, it is the quota without its fraction, but at least 1. More threads than the quota
+    would use up the quota early, and would then wait.
+    """
     import psutil
 
     physical_count = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     allowed_count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical_count
-    return max(1, min(physical_count, allowed_count))
+    quota = cpu_quota()
+    return max(1, min(physical_count, allowed_count, physical_count if quota is None else int(quota)))
 
 
 @functools.cache

@@ -35,9 +35,31 @@ PRODUCT = base64.b64decode(
 )
 
 
+CGROUP = Path("/sys/fs/cgroup")  # where Linux states the CPU quota of a container
+
+
+def count_threads() -> int:
+    """Returns the number of threads for the model; 0 lets ONNX Runtime choose.
+
+    ONNX Runtime counts the cores of the machine, but a container may use only some of them. The environment variable
+    TOOLCHAIN_THREADS sets the number of threads.
+    """
+    if "TOOLCHAIN_THREADS" in os.environ:
+        return int(os.environ["TOOLCHAIN_THREADS"])
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        try:
+            quota, period = map(int, " ".join((CGROUP / name).read_text() for name in names).split())
+        except (OSError, ValueError):  # no such file, or no limit: "max"
+            continue
+        if quota > 0:
+            return max(1, min(quota // period, os.cpu_count() or 1))
+    return 0
+
+
 def session_options() -> ort.SessionOptions:
-    """Returns session options that make 8-bit products exact on this processor."""
+    """Returns session options that make 8-bit products exact on this processor, with the number of threads."""
     options = ort.SessionOptions()
+    options.intra_op_num_threads = count_threads()
     session = ort.InferenceSession(PRODUCT, providers=["CPUExecutionProvider"])
     product = session.run(None, {"activations": np.full((1, 4), 255, np.uint8)})[0]
     if int(product[0, 0]) != 4 * 255 * 127:
@@ -51,9 +73,13 @@ class Classifier:
     Args:
         folder: Folder of the bundle.
         variant: Name of the model's variant; None for the first model of the bundle.
+        release_memory: Whether each call returns the memory of its batch to the system. Calls then take a little
+            longer. Otherwise the process keeps as much memory as its largest batch needed.
     """
 
-    def __init__(self, folder: str | Path = Path(__file__).parent, variant: str | None = None) -> None:
+    def __init__(
+        self, folder: str | Path = Path(__file__).parent, variant: str | None = None, release_memory: bool = False
+    ) -> None:
         bundle = json.loads((Path(folder) / "bundle.json").read_text(encoding="utf-8"))
         model = next(m for m in bundle["models"] if variant in (None, m["variant"]))
         self.labels: list[str] = bundle["labels"]
@@ -62,6 +88,9 @@ class Classifier:
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
         file = str(Path(folder) / model["file"])
         self._session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self._run_options = ort.RunOptions()
+        if release_memory:
+            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def __call__(self, texts: Sequence[str]) -> list[dict[str, float]]:
         """Returns the probability of every label for each text; for a regression model, the score.
@@ -70,7 +99,7 @@ class Classifier:
         probability is independent of the others.
         """
         output = "logits" if self.task == "regression" else "probabilities"
-        rows = self._session.run([output], {"text": np.array(texts, dtype=object)})[0]
+        rows = self._session.run([output], {"text": np.array(texts, dtype=object)}, self._run_options)[0]
         return [dict(zip(self.labels, map(float, row), strict=True)) for row in rows]
 
 
