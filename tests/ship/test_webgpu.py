@@ -4,8 +4,10 @@ SwiftShader is slow and has no fp16, so only the CPU runs fp16 graphs in these t
 """
 
 import base64
+import importlib.util
 import json
 import re
+import threading
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +15,7 @@ import onnxruntime as ort
 import pytest
 from chromium import WEBGPU_FLAGS, Chromium
 from conftest import MODULES, TESTS
-from demo_page import needs_chromium, serve
+from demo_page import READY, needs_chromium, serve, use_npm_packages
 from webgpu_models import INPUT, one_operator_models
 
 from toolchain import passes
@@ -26,6 +28,9 @@ from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import GraphError, ShippingError, UnknownVariantError
 from toolchain.passes.model_shape import context_of
+from toolchain.progress import no_bar
+from toolchain.ship import shipping
+from toolchain.ship.shipping import Order
 from toolchain.ship.targets import clients, webgpu
 
 RUN = (TESTS / "clients" / "webgpu.js").read_text()
@@ -177,3 +182,91 @@ def test_webgpu_gives_the_logits_of_100_sentences(reference, browser, tmp_path):
     assert len(logits) == SHORT + LONG
     assert np.abs(logits - expected).max() <= MOST_DIFFERENCE
     assert (logits.argmax(1) == expected.argmax(1)).all()
+
+
+@pytest.fixture(scope="module")
+def page(built_tiny, tmp_path_factory):
+    """The address of the demo page of a bundle with a variant for WebAssembly and two for WebGPU."""
+    folder = tmp_path_factory.mktemp("bundle") / "web"
+    use_npm_packages(built_tiny.exported)
+    names = ("onnx-int8", "onnx-webgpu", "onnx-webgpu-fp16")
+    shipping.ship(built_tiny, Order(names, "web"), folder, lambda line: None, no_bar)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["transformers.js_config"] == {"dtype": "q8", "device_config": {"webgpu": {"dtype": "fp32"}}}
+    spec = importlib.util.spec_from_file_location("serve", folder / "serve.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.Handler.log_message = lambda *arguments: None
+    with module.create_server(folder, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+MIDDLE = """(id => {
+    const element = document.getElementById(id);
+    element.scrollIntoView();
+    const box = element.getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + box.height / 2];
+})"""
+CHOOSE = """(index => {
+    const variants = document.getElementById("variant");
+    variants.selectedIndex = index;
+    variants.dispatchEvent(new Event("change"));
+})"""
+
+
+def click(browser, element):
+    """Clicks with the mouse on the middle of an element, given by its id."""
+    x, y = browser.run(f"{MIDDLE}('{element}')")
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+
+def choose(browser, index):
+    """Chooses a variant of the page, and returns the page's answer."""
+    browser.run(f"{CHOOSE}({index})")
+    return browser.run(READY)
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.web
+def test_the_page_runs_variants_on_webgpu_and_on_webassembly(browser, page, tmp_path):
+    _, address = page
+    browser.show_as()
+    browser.open(address)
+    threads = browser.run("Math.min(4, navigator.hardwareConcurrency)")
+    assert browser.run("crossOriginIsolated")
+    assert re.search(rf"onnx-int8 is ready.* WebAssembly, {threads} thread", browser.run(READY))
+    click(browser, "classify")
+    assert re.search(r"onnx-int8 took \d", browser.run(READY))
+    assert re.search(r"onnx-webgpu is ready.* runs on WebGPU\.", choose(browser, 1))
+    click(browser, "classify")
+    answer = browser.run(READY)
+    assert re.search(r"onnx-webgpu took \d", answer)
+    assert re.search(r"onnx-int8 took \d", answer)
+    click(browser, "check")
+    browser.run(READY)
+    assert "match the recorded logits" in browser.run("document.getElementById('proof').innerText")
+    answer = choose(browser, 2)
+    assert "This graphics processor computes no fp16" in answer
+    assert "onnx-webgpu-fp16 runs on WebAssembly instead." in answer
+    browser.picture(tmp_path / "page.png")
+    assert browser.complaints(address) == []
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.web
+def test_the_page_falls_back_without_webgpu_and_explains_file_addresses(page, tmp_path):
+    folder, address = page
+    with Chromium(tmp_path / "profile") as plain_browser:
+        plain_browser.open(address)
+        plain_browser.run(READY)
+        answer = choose(plain_browser, 1)
+        assert "offers no WebGPU adapter here: turn on hardware acceleration" in answer
+        click(plain_browser, "classify")
+        assert re.search(r"onnx-webgpu took \d", plain_browser.run(READY))
+        plain_browser.open(folder / "index.html")
+        assert "run python serve.py in its folder" in plain_browser.run("document.getElementById('answer').innerText")
