@@ -11,10 +11,11 @@ import select
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-TIMEOUT_S = 60
+TIMEOUT_S = 300
 FLAGS = (
     "--headless",
     "--remote-debugging-pipe",
@@ -27,6 +28,9 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # the browser can reach only this machine
 )
 
+# WebGPU on SwiftShader, a graphics processor in software
+WEBGPU_FLAGS = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
+
 
 class Chromium:
     """A browser with one tab.
@@ -34,7 +38,7 @@ class Chromium:
     Commands are those of the DevTools protocol, https://chromedevtools.github.io/devtools-protocol/.
     """
 
-    def __init__(self, profile: Path):
+    def __init__(self, profile: Path, flags: Sequence[str] = ()):
         (child_in, our_out), (our_in, child_out) = os.pipe(), os.pipe()
         # The browser expects the pipe at file descriptors 3 and 4, so this process moves its pipe ends to numbers from
         # 10 on.
@@ -50,6 +54,7 @@ class Chromium:
                 "-",
                 PROGRAM,
                 *FLAGS,
+                *flags,
                 f"--user-data-dir={profile}",
             ],
             pass_fds=(child_in, child_out),

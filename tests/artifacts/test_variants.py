@@ -24,10 +24,11 @@ pruned_tags = st.builds(
     dict, pruned=st.integers(1, 99), recovered=st.integers(0, 12), method=st.sampled_from(grammar.METHODS)
 )
 names = st.builds(
-    lambda runtime, std, tags, scheme, portable, static, label: Parts(
-        runtime, std, scheme=scheme, portable=portable, static=static, label=label, **tags
+    lambda runtime, std, webgpu, tags, scheme, portable, static, label: Parts(
+        runtime, std, webgpu, scheme=scheme, portable=portable, static=static, label=label, **tags
     ),
     st.sampled_from(grammar.RUNTIMES),
+    st.booleans(),
     st.booleans(),
     st.one_of(st.just({}), pruned_tags),
     st.sampled_from(grammar.SCHEMES),

@@ -1,7 +1,8 @@
 """Names of variants.
 
-Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable|-static][+<label>]``. In
-``-prunedNN``, NN is the pruning ratio in per cent; in ``-rE``, E is the number of recovery epochs. A name with ``-std``
+Name grammar:
+``<runtime>[-std|-webgpu][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable|-static][+<label>]``. In ``-prunedNN``,
+NN is the pruning ratio in per cent; in ``-rE``, E is the number of recovery epochs. A name with ``-std``, ``-webgpu``
 or ``-prunedNN``, or with the runtime ``torch-compile``, omits ``-fp32``.
 
 A label distinguishes variants that have the same tags and different settings. A variant built from a labelled variant
@@ -31,6 +32,7 @@ class Parts:
     Attributes:
         runtime: Runtime tag, one of `RUNTIMES`.
         std: Whether the ONNX graph has standard operators only.
+        webgpu: Whether the ONNX graph has only operators that ONNX Runtime computes on WebGPU.
         pruned: Pruning ratio in per cent; 0 for an unpruned model.
         recovered: Number of recovery epochs; 0 without recovery.
         method: Pruning method, one of `METHODS`.
@@ -42,6 +44,7 @@ class Parts:
 
     runtime: str
     std: bool = False
+    webgpu: bool = False
     pruned: int = 0
     recovered: int = 0
     method: str = METHODS[0]
@@ -56,7 +59,7 @@ class Parts:
         return (self.runtime, self.scheme) == ("torch", "fp32")
 
     def __str__(self) -> str:
-        tags = ["std"] if self.std else []
+        tags = [tag for tag in ("std", "webgpu") if getattr(self, tag)]
         if self.pruned:
             tags.append(f"pruned{self.pruned:02}")
             tags += [f"r{self.recovered}"] if self.recovered else []
@@ -69,7 +72,7 @@ class Parts:
 
 
 _NAME = re.compile(
-    rf"(?P<runtime>{'|'.join(RUNTIMES)})(?P<std>-std)?"
+    rf"(?P<runtime>{'|'.join(RUNTIMES)})(?P<std>-std)?(?P<webgpu>-webgpu)?"
     rf"(-pruned(?P<pruned>\d\d)(-r(?P<recovered>\d{{1,6}}))?(-(?P<method>{'|'.join(METHODS)}))?)?"
     rf"(-(?P<scheme>{'|'.join(SCHEMES)}))?(?P<portable>-portable)?(?P<static>-static)?(\+(?P<label>{LABEL}))?",
     re.ASCII,
@@ -107,6 +110,7 @@ def _parse(text: str) -> Parts:
         parts = Parts(
             match["runtime"],
             bool(match["std"]),
+            bool(match["webgpu"]),
             int(match["pruned"] or 0),
             int(match["recovered"] or 0),
             match["method"] or METHODS[0],

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from toolchain.artifacts.names import VariantName
 from toolchain.errors import ArtifactError, SettingsError
 from toolchain.system.decoding import convert, strict
 
@@ -27,6 +28,10 @@ QUANTIZED = {
 # Passes that `Optimize` applies by default, in order.
 CPU_PASSES = ("fuse", "residual-sum", "first-token", "first-query")
 CUDA_PASSES = ("fuse-cuda", "half")
+WEBGPU_PASSES = ("fuse", "first-token", "first-query", "split-attention")
+# Passes that convert an optimised graph for WebGPU from fp32 to fp16.
+HALF_PASSES = ("half",)
+OPTIMIZE_PASSES = {"cpu": CPU_PASSES, "cuda": CUDA_PASSES, "webgpu": WEBGPU_PASSES}
 # Passes that `Quantize` applies on ONNX Runtime, by scheme and in order. ``quantize-linear`` and
 # ``quantize-embedding`` have several forms, such as ``quantize-linear-int4``; the step chooses the form.
 QUANTIZE_PASSES = {
@@ -134,15 +139,23 @@ class Export:
 @strict
 @dataclass(frozen=True)
 class Optimize:
-    """Rewrites a standard ONNX graph for speed on one execution `provider`, by `passes` in order."""
+    """Rewrites an ONNX graph for speed on one execution `provider`, by `passes` in order.
+
+    The graph has standard operators, except with `HALF_PASSES`, which convert a graph for WebGPU to fp16.
+    """
 
     provider: str = "cpu"
     passes: tuple[str, ...] = CPU_PASSES
 
     @classmethod
     def for_provider(cls, provider: str) -> Optimize:
-        """Returns the step with the default passes of the provider, ``cpu`` or ``cuda``."""
-        return cls(provider, {"cpu": CPU_PASSES, "cuda": CUDA_PASSES}[provider])
+        """Returns the step with the default passes of the provider, a key of `OPTIMIZE_PASSES`."""
+        return cls(provider, OPTIMIZE_PASSES[provider])
+
+    @classmethod
+    def to_half(cls, parent: VariantName) -> Optimize:
+        """Returns the step that builds an fp16 graph: for WebGPU if the parent is a graph for WebGPU, else for CUDA."""
+        return cls("webgpu", HALF_PASSES) if parent.parts.webgpu else cls.for_provider("cuda")
 
 
 @strict

@@ -13,6 +13,7 @@ from typing import Any
 
 from toolchain.artifacts.names import COMPILED, METHODS, Parts, VariantName, label_prefixes
 from toolchain.artifacts.steps import (
+    HALF_PASSES,
     PROVIDERS,
     QUANTIZED,
     Compile,
@@ -108,9 +109,10 @@ class _Kind:
         return same_runtime and self.tags <= tags <= self.tags | self.optional
 
 
-_TAGS = ("std", "pruned", "recovered", "portable", "static")
+_TAGS = ("std", "webgpu", "pruned", "recovered", "portable", "static")
 _NO_TAGS: frozenset[str] = frozenset()
 _PRUNING_TAGS = frozenset({"pruned", "recovered"})
+_WEBGPU_TAGS = frozenset({"webgpu"})
 _FP32_SCHEMES = ("fp32",)
 _KINDS = (
     _Kind("torch", _FP32_SCHEMES, _NO_TAGS, _NO_TAGS, None, lambda _: Import()),
@@ -165,6 +167,24 @@ _KINDS = (
         lambda _: Optimize.for_provider("cuda"),
         ("cuda",),
     ),
+    _Kind(
+        "onnx",
+        _FP32_SCHEMES,
+        _WEBGPU_TAGS,
+        _PRUNING_TAGS,
+        {"std": True, "webgpu": False},
+        lambda _: Optimize.for_provider("webgpu"),
+        ("cpu",),
+    ),
+    _Kind(
+        "onnx",
+        ("fp16",),
+        _WEBGPU_TAGS,
+        _PRUNING_TAGS,
+        {"scheme": "fp32"},
+        lambda _: Optimize("webgpu", HALF_PASSES),
+        ("cpu",),
+    ),
     _Kind("onnx", ("int8",), _NO_TAGS, _PRUNING_TAGS | {"std"}, {"scheme": "fp32"}, lambda _: Quantize(), ("cpu",)),
     _Kind(
         "onnx",
@@ -184,7 +204,15 @@ _KINDS = (
         lambda _: Quantize(scheme="static"),
         ("cpu",),
     ),
-    _Kind("onnx", ("int4",), _NO_TAGS, _PRUNING_TAGS, {"scheme": "fp32"}, lambda _: Quantize(scheme="int4"), ("cpu",)),
+    _Kind(
+        "onnx",
+        ("int4",),
+        _NO_TAGS,
+        _PRUNING_TAGS | _WEBGPU_TAGS,
+        {"scheme": "fp32"},
+        lambda _: Quantize(scheme="int4"),
+        ("cpu",),
+    ),
 )
 
 
@@ -277,7 +305,8 @@ def _changed_parts(step: Step) -> dict[str, Any]:
         case Export():
             return {"runtime": "onnx", "std": True}
         case Optimize():
-            return {"std": False, "scheme": "fp16" if step.provider == "cuda" else "fp32"}
+            is_half = step.provider == "cuda" or step.passes == HALF_PASSES
+            return {"std": False, "webgpu": step.provider == "webgpu", "scheme": "fp16" if is_half else "fp32"}
         case Compile():
             return {"runtime": COMPILED}
         case Quantize():
@@ -296,8 +325,8 @@ _PARENT_DESCRIPTIONS = {
     Prune: "torch-fp32. To prune a pruned variant further, prune torch-fp32 at a higher ratio",
     Recover: "a pruned PyTorch variant such as torch-pruned50",
     Export: "a PyTorch variant such as torch-fp32",
-    Optimize: "an exported graph such as onnx-std",
+    Optimize: "an exported graph such as onnx-std, or onnx-webgpu for fp16 on WebGPU",
     Compile: "a PyTorch variant in fp32, bf16 or fp16, such as torch-fp32",
-    Quantize: "an fp32 graph such as onnx-fp32, onnx-pruned50 or onnx-std (--backend ort), an fp32 PyTorch variant "
-    "such as torch-pruned50 (torch and torchao), or torch-fp32 (bnb)",
+    Quantize: "an fp32 graph such as onnx-fp32, onnx-pruned50 or onnx-std (--backend ort), onnx-webgpu (--scheme int4 "
+    "and fp16), an fp32 PyTorch variant such as torch-pruned50 (torch and torchao), or torch-fp32 (bnb)",
 }

@@ -107,6 +107,8 @@ def hint(
     """
     same_domain = workspace.train.file is None and inputs.fits_embedded_data(parent.label_set)
     suggestions = alternatives(step, report, runtime_saturates, same_domain, layers)
+    if name.parts.webgpu:  # a graph for WebGPU has no other scheme
+        suggestions = [suggestion for suggestion in suggestions if suggestion.scheme == step.scheme]
     if not suggestions:
         return ""
     parent_name = parent.manifest.variant

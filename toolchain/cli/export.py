@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.artifacts.steps import CPU_PASSES, CUDA_PASSES
+from toolchain.artifacts.steps import OPTIMIZE_PASSES
 from toolchain.cli.building import build
 from toolchain.cli.options import (
     dry_run_option,
@@ -39,10 +40,11 @@ if TYPE_CHECKING:
 @click.option(
     "--optimize",
     "provider",
-    type=click.Choice(["cpu", "cuda", "none"]),
+    type=click.Choice([*OPTIMIZE_PASSES, "none"]),
     default="cpu",
     show_default=True,
-    help="Also optimise the graph for this execution provider: onnx-fp32 for cpu, onnx-fp16 for cuda.",
+    help="Also optimise the graph for this execution provider: onnx-fp32 for cpu, onnx-fp16 for cuda, "
+    "onnx-webgpu for webgpu (browsers).",
 )
 @click.option(
     "--from",
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     metavar="VARIANT",
     help="PyTorch variant to export. Can be repeated.",
 )
-@no_pass_option([*CPU_PASSES, *CUDA_PASSES], "Omit this pass from the optimised graph")
+@no_pass_option(list(dict.fromkeys(chain(*OPTIMIZE_PASSES.values()))), "Omit this pass from the optimised graph")
 @name_option
 @dry_run_option
 @model_options
@@ -82,6 +84,7 @@ def export(
       toolchain export --model ./my-adapter --base ./its-base
       toolchain export --from torch-pruned50
       toolchain export --optimize cuda
+      toolchain export --optimize webgpu
       toolchain export --no-pass residual-sum --name plain-add
     """
     from toolchain.artifacts.steps import Export, Import, Optimize

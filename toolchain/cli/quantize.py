@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 @click.option(
     "--scheme",
     type=click.Choice(list(dict.fromkeys(scheme for schemes in QUANTIZED.values() for scheme in schemes))),
-    help="Schemes of ort: dynamic, static, int4, fp16 (onnx-fp16, for CUDA); of torch: int8, bf16, fp16; of bnb: "
-    "int8, nf4, fp4; of torchao: int8.  "
+    help="Schemes of ort: dynamic, static, int4, fp16 (onnx-fp16, for CUDA; onnx-webgpu-fp16, for browsers); "
+    "of torch: int8, bf16, fp16; of bnb: int8, nf4, fp4; of torchao: int8.  "
     "[default: the backend's first scheme]",
 )
 @click.option(
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     "parents",
     multiple=True,
     metavar="VARIANT",
-    help="Variant to quantise; the option can be repeated.  [default: onnx-fp32 for ort (onnx-std for fp16), else "
-    "torch-fp32]",
+    help="Variant to quantise; the option can be repeated.  [default: onnx-fp32 for ort (onnx-std for fp16 on CUDA), "
+    "else torch-fp32]",
 )
 @click.option(
     "--keep-fp32",
@@ -125,6 +125,7 @@ def quantize(
       toolchain quantize --scheme static
       toolchain quantize --scheme int4
       toolchain quantize --scheme fp16
+      toolchain quantize --from onnx-webgpu --scheme fp16
       toolchain quantize --embeddings int4 --name small
       toolchain quantize --no-pass quantize-embedding --name fp32-tables
       toolchain quantize --scheme static --no-pass smooth --name rough
@@ -138,6 +139,7 @@ def quantize(
     """
     from toolchain.artifacts.steps import Optimize, Quantize
     from toolchain.artifacts.variants import derive_variant
+    from toolchain.artifacts.variants import get as get_variant
     from toolchain.backends.ort import saturates
     from toolchain.build.trimming import corpus_of
     from toolchain.cli.progress import bar, say
@@ -161,11 +163,11 @@ def quantize(
                 "--scheme fp16 cannot be used with --isa portable, --embeddings, --keep-fp32, --max-drop, "
                 "--sensitivity, --no-pass or --trim-vocab."
             )
-        step_fp16 = Optimize.for_provider("cuda")
+        halvings = {parent: Optimize.to_half(get_variant(parent).name) for parent in parents or ("onnx-std",)}
         workspace = open_workspace(model, exported, folder_name)
         build(
             workspace,
-            {derive_variant(parent, step_fp16, label).name: step_fp16 for parent in parents or ("onnx-std",)},
+            {derive_variant(parent, halving, label).name: halving for parent, halving in halvings.items()},
             dry_run,
         )
         return

@@ -30,6 +30,7 @@ from toolchain.passes.quantize_static import Activation, quantize_static, smooth
 from toolchain.passes.quantize_static import build_fused_static_product as fused_static
 from toolchain.passes.quantize_static import build_standard_static_product as standard_static
 from toolchain.passes.residual_sum import residual_sum
+from toolchain.passes.split_attention import split_attention
 from toolchain.passes.trim_vocabulary import trim_vocabulary
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ PASSES: dict[str, Pass] = {
     "residual-sum": residual_sum,
     "first-token": first_token,
     "first-query": first_query,
+    "split-attention": split_attention,
     "trim-vocabulary": trim_vocabulary,
     "padding": padding,
     "quantize-linear": partial(
@@ -88,6 +90,7 @@ PASSES: dict[str, Pass] = {
     "quantize-linear-int4": partial(quantize_linear, product=build_int4_product),
     "quantize-embedding": partial(quantize_embedding, look_up=look_up_int8_rows),
     "quantize-embedding-int4": partial(quantize_embedding, look_up=look_up_int4_rows),
+    "quantize-embedding-int4-webgpu": partial(quantize_embedding, look_up=partial(look_up_int4_rows, webgpu=True)),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from toolchain.passes.graph import array_of, constant
+from toolchain.passes.graph import constant, projection_width
 from toolchain.system.quiet import hide_logs
 
 if TYPE_CHECKING:
@@ -68,22 +68,11 @@ def _write_head_counts(model: ir.Model) -> None:
         concat = node.inputs[1].producer() if node.op_type == "Reshape" and node.inputs[1] else None
         if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 4:
             continue
-        width = _projection_width(node.inputs[0])
+        width = projection_width(node.inputs[0])
         heads, head_size = (_integer(value) for value in concat.inputs[2:])
         if width and heads == -1 and head_size:
             heads = width // head_size
             concat.replace_input_with(2, constant(model, f"heads_{heads}", np.array([heads], np.int64)))
-
-
-def _projection_width(value: ir.Value | None) -> int | None:
-    """Returns the width of the output of a dense layer (a MatMul, or an Add after a MatMul), or None."""
-    node = value.producer() if value else None
-    if node is not None and node.op_type == "Add":
-        products = [product for product in node.predecessors() if product.op_type == "MatMul"]
-        node = products[0] if products else None
-    if node is None or node.op_type != "MatMul" or node.inputs[1] is None or node.inputs[1].const_value is None:
-        return None
-    return int(array_of(node.inputs[1]).shape[-1])
 
 
 def _integer(value: ir.Value | None) -> int | None:

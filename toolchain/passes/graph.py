@@ -98,3 +98,14 @@ def takes_first_token(node: ir.Node) -> bool:
         return False
     index = node.inputs[1].const_value.numpy()
     return node.attributes.get_int("axis", 0) == 1 and index.ndim == 0 and int(index) == 0
+
+
+def projection_width(value: ir.Value | None) -> int | None:
+    """Returns the width of the output of a dense layer (a MatMul, or an Add after a MatMul), or None."""
+    node = value.producer() if value else None
+    if node is not None and node.op_type == "Add":
+        products = [product for product in node.predecessors() if product.op_type == "MatMul"]
+        node = products[0] if products else None
+    if node is None or node.op_type != "MatMul" or node.inputs[1] is None or node.inputs[1].const_value is None:
+        return None
+    return int(array_of(node.inputs[1]).shape[-1])

@@ -90,24 +90,36 @@ def build_int4_product(
     return [node]
 
 
-def look_up_int4_rows(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
+def look_up_int4_rows(
+    model: ir.Model, name: str, array: np.ndarray, rows: Any, *, webgpu: bool = False
+) -> list[ir.Node]:
     """Builds GatherBlockQuantized; implements `quantize_embedding.LookUp`.
 
-    If the width of the embedding table is no multiple of `BLOCK`, this function calls `look_up_int8_rows`.
+    If the width of the embedding table is no multiple of `BLOCK`, this function calls `look_up_int8_rows`, or keeps the
+    table in fp32 for WebGPU.
+
+    Args:
+        webgpu: Whether the nodes run on WebGPU, which cannot look up int8 rows. Its scales are fp32, because some
+            graphics processors have no fp16.
     """
     import numpy as np
     import onnx_ir as ir
 
+    if array.shape[1] % BLOCK and webgpu:
+        return [ir.node("Gather", [constant(model, name, array), rows], name=f"{name}/rows")]
     if array.shape[1] % BLOCK:
         return look_up_int8_rows(model, name, array, rows)
     codes, scales, zeros = quantize_blocks(array)
     inputs = [
         constant(model, f"{name}_int4", pack(codes)),
         rows,
-        constant(model, f"{name}_scale", scales.astype(np.float16)),  # fp16 scales are precise enough for 4-bit codes
+        # fp16 scales are precise enough for 4-bit codes
+        constant(model, f"{name}_scale", scales if webgpu else scales.astype(np.float16)),
         constant(model, f"{name}_zero_point", pack(zeros)),
     ]
     attributes = {"bits": BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
     gather = ir.node("GatherBlockQuantized", inputs, attributes, domain="com.microsoft", name=f"{name}/rows")
     gather.outputs[0].name = f"{name}/rows_output"
+    if webgpu:
+        return [gather]
     return [gather, ir.node("Cast", [gather.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/cast")]

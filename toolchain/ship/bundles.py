@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import passes
 from toolchain.artifacts.manifest import TensorSpec
+from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.steps import settings_of, step_name
 from toolchain.artifacts.store import Artifact, list_files
 from toolchain.backends import Place
@@ -29,7 +30,18 @@ from toolchain.passes.probabilities import add_probabilities
 from toolchain.ship.bill_of_materials import MLBOM, bill_of_materials
 from toolchain.ship.bundle_files.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
 from toolchain.ship.process import GOLDEN_ROWS
-from toolchain.ship.targets import BUNDLE_FILES, DEMO, TARGETS, TOKEN_FILES, Target, dtype, mobile, served_name
+from toolchain.ship.targets import (
+    BUNDLE_FILES,
+    DEMO,
+    TARGETS,
+    TOKEN_FILES,
+    WEBGPU,
+    Target,
+    device,
+    dtype,
+    mobile,
+    served_name,
+)
 from toolchain.ship.targets.releases import DEFAULT, ORDER
 from toolchain.ship.targets.uses import oldest_release, read_needs
 from toolchain.ship.tokenizer_graph import comparison, with_tokenizer
@@ -177,8 +189,17 @@ def _config_content(contents: Contents) -> dict[str, Any]:
     config = decode_object(read_bytes(contents.artifacts[0].path / CONFIG))
     config.pop("_name_or_path", None)
     if contents.target is TARGETS["web"]:
-        config["transformers.js_config"] = {"dtype": dtype(contents.artifacts[0].manifest.variant)}
+        config["transformers.js_config"] = _transformers_js_config(
+            [each.manifest.variant for each in contents.artifacts]
+        )
     return config
+
+
+def _transformers_js_config(names: Sequence[VariantName]) -> dict[str, Any]:
+    """Returns the dtypes that transformers.js loads by default: that of the first variant for each device."""
+    dtypes = {device(name): dtype(name) for name in reversed(names)}
+    config: dict[str, Any] = {"dtype": dtypes.get("wasm") or dtypes[WEBGPU]}
+    return {**config, "device_config": {WEBGPU: {"dtype": dtypes[WEBGPU]}}} if WEBGPU in dtypes else config
 
 
 def _golden_content(contents: Contents, encoder: Encoder) -> dict[str, Any]:
@@ -264,7 +285,11 @@ def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path)
     return {
         "variant": manifest.variant,
         "file": path,
-        **({"dtype": dtype(manifest.variant)} if contents.target is TARGETS["web"] else {}),
+        **(
+            {"dtype": dtype(manifest.variant), "device": device(manifest.variant)}
+            if contents.target is TARGETS["web"]
+            else {}
+        ),
         "bytes": (folder / path).stat().st_size,
         "artifact_id": manifest.id,
         "ir_version": facts["ir_version"],

@@ -34,7 +34,7 @@ from toolchain.ship import bundles, checking
 from toolchain.ship.bundle_files import verify as bundle_verifier
 from toolchain.ship.bundles import Contents, Provenance
 from toolchain.ship.signing import Signer, Verifier
-from toolchain.ship.targets import TARGETS, Target, clients
+from toolchain.ship.targets import TARGETS, WEBGPU, Target, clients, device, webgpu
 from toolchain.ship.targets.releases import DEFAULT
 from toolchain.ship.tokenizer_graph.characters import SHIP_WITHOUT_HINT
 from toolchain.ship.tokenizer_graph.session import TextSession
@@ -119,7 +119,8 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
     page_files: dict[str, Path] = {}
     if target is TARGETS["web"] and order.demo:
         modules = clients.install(workspace.exported / ".cache")
-        page_files = {path: modules / file for path, file in clients.BROWSER_FILES.items()}
+        has_webgpu = any(device(artifact.manifest.variant) == WEBGPU for artifact in artifacts)
+        page_files = {path: modules / file for path, file in clients.browser_files(webgpu=has_webgpu).items()}
     measurements = order.results.measurements_of([artifact.manifest.id for artifact in artifacts], say)
     contents = Contents(
         target,
@@ -252,6 +253,8 @@ def _check_artifact(artifact: Artifact, target: Target) -> None:
     if artifact.manifest.validation.get("passed") is not True:
         raise VerdictError(f"{name} did not pass validation.", f"`toolchain validate {name}` shows the reason.")
     graph = passes.read(artifact.onnx_path)
+    if target is TARGETS["web"] and name.parts.webgpu:
+        webgpu.require_supported(name, graph)
     missing = sorted({node.op_type for node in graph.graph.all_nodes() if node.domain not in target.domains})
     if missing:
         replacement = "onnx-std-int8" if name.parts.scheme == "int8" else "onnx-std"

@@ -36,16 +36,15 @@ def quantize(job: Job[Quantize]) -> StepResult:
 
 def _quantize_ort(job: Job[Quantize]) -> StepResult:
     step = job.step
-    is_standard = job.parent_artifact.manifest.variant.parts.std
-    linear = linear_passes(step, is_standard)
+    parent = job.parent_artifact.manifest.variant.parts
+    linear = linear_passes(step, parent.std)
     tables = step.embeddings or ("int4" if step.scheme == "int4" else "int8")
-    if is_standard and tables == "int4":
+    if parent.std and tables == "int4":
         raise GraphError("There is no standard operator for embedding tables of 4 bits.", "Leave --embeddings out.")
-    embedding = (
-        [f"quantize-embedding{'-int4' if tables == 'int4' else ''}"]
-        if _applies_pass(step, "quantize-embedding")
-        else []
-    )
+    if parent.webgpu and tables == "int8":
+        raise GraphError("WebGPU cannot look up embeddings of 8 bits.", "Leave --embeddings out.")
+    form = "".join([*(["-int4"] if tables == "int4" else []), *(["-webgpu"] if parent.webgpu else [])])
+    embedding = [f"quantize-embedding{form}"] if _applies_pass(step, "quantize-embedding") else []
     activations = activations_of(job.parent_artifact, step, job.train) if linear else {}
     sensitivities = (
         rank(SensitivitySetup.load(job.parent_artifact, linear, job.train, activations), job.progress)

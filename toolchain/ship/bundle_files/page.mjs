@@ -7,12 +7,15 @@ env.allowLocalModels = true;
 env.allowRemoteModels = false;
 env.useBrowserCache = false; // the page always loads the files of its folder
 env.useWasmCache = false;
+// A browser lets WebAssembly use threads only in a page that is isolated from other origins; see serve.py.
+env.backends.onnx.wasm.numThreads = crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
 env.backends.onnx.wasm.wasmPaths = new URL("./", import.meta.url).href;
 
 const element = (id) => document.getElementById(id);
 const [form, text, variants, answer, checkResult] = ["ask", "text", "variant", "answer", "proof"].map(element);
 const buttons = [element("classify"), element("check")];
 let bundle, pipe;
+const times = new Map(); // the last time of each variant
 
 function paragraphOf(content, className = "") {
   const paragraph = document.createElement("p");
@@ -36,19 +39,35 @@ async function runWithoutButtons(output, work) {
 const selectedModel = () => bundle.models[variants.selectedIndex];
 const formatMilliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 
+/** Returns why this browser cannot run the model on WebGPU, with a hint; empty if it can, or if the model needs none. */
+async function reasonAgainstWebGPU({ device, dtype }) {
+  if (device !== "webgpu") return "";
+  const adapter = await navigator.gpu?.requestAdapter();
+  if (!adapter) {
+    return "This browser offers no WebGPU adapter here: turn on hardware acceleration, or open the page at localhost or https in a browser with WebGPU.";
+  }
+  const lacksHalf = dtype === "fp16" && !adapter.features.has("shader-f16");
+  return lacksHalf ? "This graphics processor computes no fp16: choose an fp32 variant for WebGPU." : "";
+}
+
 async function load() {
   const previous = pipe;
   pipe = undefined;
   await previous?.dispose();
   checkResult.replaceChildren();
-  const { variant, dtype } = selectedModel();
+  const { variant, dtype, device } = selectedModel();
   answer.replaceChildren(paragraphOf(`Loading ${variant}…`));
   const start = performance.now();
   const task = bundle.task === "token_classification" ? "token-classification" : "text-classification";
-  const next = await pipeline(task, "./", { dtype, device: "wasm", local_files_only: true });
+  const reason = await reasonAgainstWebGPU(selectedModel());
+  const next = await pipeline(task, "./", { dtype, device: reason ? "wasm" : device, local_files_only: true });
   await next("ready"); // the first run is slower than later runs
   pipe = next;
-  answer.replaceChildren(paragraphOf(`${variant} is ready. Loading took ${formatMilliseconds(performance.now() - start)}.`));
+  const threads = env.backends.onnx.wasm.numThreads;
+  const place = device === "webgpu" && !reason ? "WebGPU" : `WebAssembly, ${threads} ${threads === 1 ? "thread" : "threads"}`;
+  const loading = `Loading took ${formatMilliseconds(performance.now() - start)}.`;
+  answer.replaceChildren(paragraphOf(`${variant} is ready. ${loading} It runs on ${place}.`));
+  if (reason) answer.append(paragraphOf(`${reason} ${variant} runs on WebAssembly instead.`, "failed"));
 }
 
 function labelRow({ label, score }, isBest) {
@@ -87,7 +106,10 @@ async function classify() {
   const find = { regression: scoreText, token_classification: labelTokens }[bundle.task] ?? labelText;
   const rows = await find();
   const time = formatMilliseconds(performance.now() - start);
-  answer.replaceChildren(...rows, paragraphOf(`${selectedModel().variant} took ${time}, including tokenising.`));
+  const { variant } = selectedModel();
+  times.set(variant, time);
+  const others = [...times].filter(([name]) => name !== variant).map(([name, last]) => paragraphOf(`${name} took ${last}.`));
+  answer.replaceChildren(...rows, paragraphOf(`${variant} took ${time}, including tokenising.`), ...others);
 }
 
 async function checkBundle() {
@@ -127,9 +149,10 @@ await runWithoutButtons(answer, async () => {
   const purpose = purposes[bundle.task] ?? `Labels a text ${labels}`;
   element("about").textContent = `${purpose}. The model runs in this browser, which sends your text nowhere.`;
   element("origin").textContent = `Model: ${bundle.model.origin}. Licence: ${bundle.model.license}. Bundle ${bundle.id.slice(0, 12)}.`;
-  for (const { variant, bytes } of bundle.models) {
+  for (const { variant, bytes, device } of bundle.models) {
     const option = document.createElement("option");
-    option.textContent = `${variant}, ${(bytes / 1e6).toFixed(1)} MB`;
+    const place = device === "webgpu" ? "WebGPU" : "WebAssembly";
+    option.textContent = `${variant}, ${(bytes / 1e6).toFixed(1)} MB, ${place}`;
     variants.append(option);
   }
   await load();

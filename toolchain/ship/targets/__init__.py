@@ -14,6 +14,7 @@ from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 BUNDLE_FILES = Path(__file__).parent.parent / "bundle_files"
 LOCK = "requirements.lock"  # pins the packages of requirements.txt and their dependencies, with sha256
 REPOSITORY = "repository"  # A Triton bundle holds its model repository in this folder.
+WEBGPU = "webgpu"
 # Scheme of a variant → its dtype in transformers.js, and the file that transformers.js loads for this dtype.
 DTYPES = {
     "fp32": ("fp32", "onnx/model.onnx"),
@@ -65,6 +66,11 @@ class Target:
 def dtype(variant: VariantName) -> str | None:
     """Returns the dtype of a variant in transformers.js; None if transformers.js has no dtype for the variant."""
     return DTYPES.get(variant.parts.scheme, (None, ""))[0]
+
+
+def device(variant: VariantName) -> str:
+    """Returns the device of transformers.js that a variant is for: `WEBGPU`, or ``wasm`` (the processor)."""
+    return WEBGPU if variant.parts.webgpu else "wasm"
 
 
 def _transformers_js_path(variant: VariantName) -> str:
@@ -165,4 +171,9 @@ TARGETS = {
 # Files of a classifier of texts → files that replace them for a token classifier.
 TOKEN_FILES = {"classify.py": "classify_tokens.py"}
 # The demo page of a web bundle, with its script and style. `clients` provides the demo page's JavaScript libraries.
-DEMO = {"index.html": "index.html", "demo/page.mjs": "page.mjs", "demo/page.css": "page.css"}
+DEMO = {
+    "index.html": "index.html",
+    "serve.py": "serve.py",
+    "demo/page.mjs": "page.mjs",
+    "demo/page.css": "page.css",
+}

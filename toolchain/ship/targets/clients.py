@@ -15,15 +15,25 @@ PACKAGES = Path(__file__).parent / "packages"
 LOCK = "package-lock.json"
 TRANSFORMERS, RUNTIME = "@huggingface/transformers", "onnxruntime-web"
 DEPENDENCIES = (TRANSFORMERS, RUNTIME, "onnxruntime-node")
-# Path in a bundle → file under node_modules. The demo page uses the WebAssembly build of `RUNTIME` with SIMD and
-# without WebGPU.
-BROWSER_FILES = {
-    "demo/transformers.min.js": f"{TRANSFORMERS}/dist/transformers.web.min.js",
-    "demo/transformers.LICENSE": f"{TRANSFORMERS}/LICENSE",
-    "demo/ort.wasm.min.mjs": f"{RUNTIME}/dist/ort.wasm.min.mjs",
-    "demo/ort-wasm-simd-threaded.mjs": f"{RUNTIME}/dist/ort-wasm-simd-threaded.mjs",
-    "demo/ort-wasm-simd-threaded.wasm": f"{RUNTIME}/dist/ort-wasm-simd-threaded.wasm",
-}
+
+
+def browser_files(*, webgpu: bool) -> dict[str, str]:
+    """Returns the files of the demo page: path in a bundle → file under node_modules.
+
+    Args:
+        webgpu: Whether the page needs the build of `RUNTIME` with WebGPU and WebAssembly. It is about twice as large as
+            the build with only WebAssembly.
+    """
+    build, wasm = ("ort.webgpu", "asyncify.") if webgpu else ("ort.wasm", "")
+    return {
+        "demo/transformers.min.js": f"{TRANSFORMERS}/dist/transformers.web.min.js",
+        "demo/transformers.LICENSE": f"{TRANSFORMERS}/LICENSE",
+        "demo/ort.min.mjs": f"{RUNTIME}/dist/{build}.min.mjs",
+        **{
+            f"demo/ort-wasm-simd-threaded.{wasm}{suffix}": f"{RUNTIME}/dist/ort-wasm-simd-threaded.{wasm}{suffix}"
+            for suffix in ("mjs", "wasm")
+        },
+    }
 
 
 def folder(cache: Path) -> Path:
