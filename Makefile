@@ -121,7 +121,8 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(PYTHON) -m venv $(CLIENTS)/texts
 	$(CLIENTS)/texts/bin/pip install --disable-pip-version-check -q -c constraints/cpu.txt onnxruntime onnxruntime-extensions tokenizers numpy
 	$(PYTHON) -m venv $(CLIENTS)/triton
-	$(CLIENTS)/triton/bin/pip install --disable-pip-version-check -q "tritonclient[grpc]==2.73.0"
+	$(CLIENTS)/triton/bin/pip install --disable-pip-version-check -q "tritonclient[grpc]==2.73.0" nvidia-pytriton==0.7.0 \
+		onnxruntime==1.32.0 onnxruntime-extensions==0.15.2
 	$(PYTHON) -m venv $(CLIENTS)/phone
 	$(CLIENTS)/phone/bin/pip install --disable-pip-version-check -q onnxruntime==1.17.3 'numpy<2' tokenizers==0.22.2
 	tests/clients/arm_root.sh $(CLIENTS)/arm $(CLIENTS)/python/bin/pip

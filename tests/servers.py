@@ -1,0 +1,133 @@
+"""Starts Triton on a model repository, and sends it texts over HTTP.
+
+The package nvidia-pytriton contains Triton but not its ONNX Runtime backend. The file
+`tests/clients/triton_backend.py` stands in for this backend.
+"""
+
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+VENV = TESTS.parent / "exported" / ".cache" / "test-clients" / "triton"
+BACKEND_FILES = ("backends/python/libtriton_python.so", "backends/python/triton_python_backend_utils.py")
+START_SECONDS = 60
+
+
+def _site_packages():
+    return next(iter(VENV.glob("lib/python3*/site-packages")), VENV)
+
+
+def _environment():
+    """Returns the environment in which Triton finds its libraries, libpython, and the packages of its backend."""
+    site = _site_packages()
+    command = [VENV / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
+    folder = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    libraries = f"{site / 'nvidia_pytriton.libs'}:{folder}"
+    # Python in Triton's backend finds its packages by the first `python3` on PATH.
+    path = f"{VENV / 'bin'}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+
+
+def _programs():
+    """Returns the paths of Triton and of the process that runs its Python backends."""
+    folder = _site_packages() / "pytriton" / "tritonserver"
+    version = _site_packages().parent.name.removeprefix("python")
+    return folder / "bin" / "tritonserver", folder / "python_backend_stubs" / version / "triton_python_backend_stub"
+
+
+def missing():
+    """Returns the reason why Triton cannot run on this machine; None if it can."""
+    programs = _programs()
+    if not all(program.exists() for program in programs):
+        return "needs `make test-clients`"
+    run = subprocess.run(["ldd", *programs], capture_output=True, text=True, env=_environment(), check=False)
+    return next((line.strip() for line in (run.stdout + run.stderr).splitlines() if "not found" in line), None)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def triton_process(repository, folder, port):
+    """Starts Triton on loopback with its log in `folder`, and ends it; yields the process and the path of the log."""
+    server, stub = _programs()
+    backend = folder / "backends" / "onnxruntime"
+    backend.mkdir(parents=True)  # Triton refuses links in the folder of a backend
+    for name in BACKEND_FILES:
+        shutil.copy(server.parent.parent / name, backend)
+    shutil.copy(stub, backend)
+    shutil.copy(TESTS / "clients" / "triton_backend.py", backend / "model.py")
+    command = [server, "--model-repository", repository, "--backend-directory", backend.parent]
+    command += ["--http-address", "127.0.0.1", "--http-port", port, "--allow-grpc", "false", "--allow-metrics", "false"]
+    log = folder / "triton.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen([*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env=_environment())
+        try:
+            yield process, log
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def triton(repository, folder):
+    """Starts Triton, waits until all models are ready, and yields the port."""
+    port = free_port()
+    with triton_process(repository, folder, port) as (process, log):
+        end = time.monotonic() + START_SECONDS
+        while not _is_ready(port):
+            if process.poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"Triton did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(0.1)
+        yield port
+
+
+def _is_ready(port):
+    try:
+        return call(port, "health/ready")[0] == 200
+    except OSError:
+        return False
+
+
+def call(port, path, body=None):
+    """Sends one request, in JSON unless `body` is bytes, and returns the status and the JSON of the answer."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        return send(client, path, body)
+    finally:
+        client.close()
+
+
+def send(client, path, body=None):
+    """Does the same as `call`, over an open connection."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    client.request("GET" if body is None else "POST", f"/v2/{path}", data)
+    response = client.getresponse()
+    content = response.read()
+    return response.status, json.loads(content) if content else None
+
+
+def request(*texts):
+    """Returns the body of a request to classify texts."""
+    return {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(texts), 1], "data": list(texts)}]}
+
+
+def read_rows(answer, name):
+    """Returns an output of an answer as a list of rows."""
+    output = next(output for output in answer["outputs"] if output["name"] == name)
+    width = output["shape"][1]
+    return [output["data"][start : start + width] for start in range(0, len(output["data"]), width)]
