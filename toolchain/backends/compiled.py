@@ -17,6 +17,7 @@ from toolchain.system import hardware
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from transformers import PreTrainedModel
 
     from toolchain.backends import Place
@@ -63,15 +64,13 @@ class CompiledSession(TorchSession):
         model = super()._load(folder)
         return cast("PreTrainedModel", torch.compile(model, dynamic=True, options=dict(self.options) or None))
 
-    def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-        """See `Session.run`."""
+    def _call(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with _translate_compiler_error():
-            return super().run(batch)
+            return super()._call(inputs)
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
         """See `Session.resident`."""
-        with _translate_compiler_error():
-            super().run(batch)  # compiles the code for the shape of the batch
+        self.run(batch)  # compiles the code for the shape of the batch
         return super().resident(batch)
 
     def facts(self) -> dict[str, Any]:

@@ -377,7 +377,12 @@ class TorchSession:
         import torch
 
         with torch.inference_mode(), translate_memory_error(self._device), _translate_errors(batch):
-            logits: np.ndarray = self._model(**self._to_device(batch)).logits.float().cpu().numpy()
+            logits: np.ndarray = self._call(self._to_device(batch)).float().cpu().numpy()
+        return logits
+
+    def _call(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Runs the model, and returns its logits."""
+        logits: torch.Tensor = self._model(**inputs).logits
         return logits
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
@@ -388,7 +393,7 @@ class TorchSession:
 
         def run_model() -> torch.Tensor:
             with torch.inference_mode(), translate_memory_error(self._device):
-                logits: torch.Tensor = self._model(**inputs).logits
+                logits = self._call(inputs)
                 if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)
             return logits
