@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -105,19 +105,11 @@ def _is_ready(port):
 
 def call(port, path, body=None):
     """Sends one request, in JSON unless `body` is bytes, and returns the status and the JSON of the answer."""
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        return send(client, path, body)
-    finally:
-        client.close()
-
-
-def send(client, path, body=None):
-    """Does the same as `call`, over an open connection."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    client.request("GET" if body is None else "POST", f"/v2/{path}", data)
-    response = client.getresponse()
-    content = response.read()
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as client:
+        client.request("GET" if body is None else "POST", f"/v2/{path}", data)
+        response = client.getresponse()
+        content = response.read()
     return response.status, json.loads(content) if content else None
 
 

@@ -168,7 +168,7 @@ def environment():
 
 @pytest.fixture(scope="module")
 def environment_folder(clone, environment):
-    """The folder `.venv` of the clone: the tests' environment, whose command `toolchain` is a fork of one process."""
+    """The folder `.venv` of the clone: links to the tests' environment, and a quick program `toolchain`."""
     folder = clone / ".venv"
     (folder / "bin").mkdir(parents=True)
     for path in Path(sys.prefix).iterdir():

@@ -4,8 +4,11 @@ import csv
 import json
 import re
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import click
@@ -13,6 +16,7 @@ import pytest
 from conftest import make_checkpoint, run_toolchain
 from sample_results import FP32, INT8, RUN, measured_row, result
 
+import toolchain
 from toolchain.artifacts.variants import DEFAULT_CELLS
 from toolchain.bench.journal import Journal
 from toolchain.cli import cli
@@ -361,6 +365,14 @@ def bench_as(working_folder, say, monkeypatch, tiny_checkpoint):
         return *say("bench", "--save-as", "kept", "--model", tiny_checkpoint, *options), result_file
 
     return run
+
+
+def test_the_installed_program_runs(tmp_path):
+    program = Path(sys.prefix) / "bin" / "toolchain"
+    if not program.exists():
+        pytest.skip("the toolchain is not installed as a program")
+    run = subprocess.run([program, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout == f"toolchain, version {toolchain.__version__}\n"
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])

@@ -1,5 +1,6 @@
 """Runs bundles for servers in Triton, with a Python stand-in for Triton's ONNX Runtime backend."""
 
+import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -113,8 +114,7 @@ def test_triton_adds_the_labels_to_classes(port):
 def test_triton_names_what_is_wrong_with_a_request(port, body, status, cause):
     actual, answer = call(port, INFER, body)
     assert actual == status
-    with pytest.raises(ValueError, match=cause):
-        raise ValueError(answer["error"])
+    assert re.search(cause, answer["error"])
     assert call(port, INFER, request("a film"))[0] == 200
 
 

@@ -327,13 +327,9 @@ def translate_memory_error(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _translate_errors(batch: dict[str, np.ndarray]) -> Iterator[None]:
-    """Converts the errors of PyTorch for a batch to `ArtifactError`, except a lack of memory."""
-    import torch
-
+    """Converts an error that PyTorch raises for a batch to `ArtifactError`."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (IndexError, RuntimeError) as error:  # for example, a token id of a foreign tokenizer is too large
         shape = " × ".join(map(str, batch["input_ids"].shape))
         raise ArtifactError(
@@ -376,7 +372,7 @@ class TorchSession:
         """See `Session.run`."""
         import torch
 
-        with torch.inference_mode(), translate_memory_error(self._device), _translate_errors(batch):
+        with torch.inference_mode(), _translate_errors(batch), translate_memory_error(self._device):
             logits: np.ndarray = self._call(self._to_device(batch)).float().cpu().numpy()
         return logits
 

@@ -23,7 +23,7 @@ from toolchain.bench.runner import Progress, bench
 from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import ensure, plan, skip_fresh_events
 from toolchain.build.workspace import Workspace
-from toolchain.data import encoding, inputs
+from toolchain.data import datasets, encoding, inputs
 from toolchain.data.datasets import DEFAULT_COLUMNS, Columns
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ToolchainError
@@ -219,7 +219,8 @@ def check_data(workspace: Workspace, request: Request, say: Say) -> None:
     if root := workspace.load(checkpoints.ROOT_VARIANT):
         _load_data(root, request, say)
     elif request.data:
-        TrainingSource(request.data, request.columns).read()
+        split = None if request.split == inputs.HELD_OUT_SPLIT else request.split
+        datasets.read(request.data, request.columns, split, inputs.VALIDATION_SPLIT)
 
 
 def _load_data(root: Artifact, request: Request, say: Say) -> Data:

@@ -85,7 +85,7 @@ class Worker:
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
-        """Converts errors of the system and of the library to `DataError`."""
+        """Converts errors of the operating system and of pyarrow to `DataError`."""
         file = self._table.file
         try:
             with convert_read_errors(file):

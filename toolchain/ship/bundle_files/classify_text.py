@@ -73,8 +73,8 @@ class Classifier:
     Args:
         folder: Folder of the bundle.
         variant: Name of the model's variant; None for the first model of the bundle.
-        release_memory: Whether each call returns the memory of its batch to the system. Calls then take a little
-            longer. Otherwise the process keeps as much memory as its largest batch needed.
+        release_memory: Whether each call returns the memory of its batch to the system. Calls then take longer.
+            Otherwise the process keeps as much memory as its largest batch needed.
     """
 
     def __init__(
