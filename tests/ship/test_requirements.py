@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -78,7 +79,8 @@ def test_pip_accepts_a_lock():
     The other lock has fewer packages, with the same lines.
     """
     options = ("--dry-run", "--ignore-installed", "--require-hashes", "--quiet", "--retries", "1")
-    command = [PYTHON, "-m", "pip", "install", *options, "-r", BUNDLE_FILES / "requirements_text.lock"]
+    pip = (sys.executable, "-m", "pip", "--python", PYTHON)
+    command = [*pip, "install", *options, "-r", BUNDLE_FILES / "requirements_text.lock"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if "Failed to establish a new connection" in run.stderr:
         pytest.skip("needs a package index")
