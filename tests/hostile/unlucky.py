@@ -135,6 +135,9 @@ CASES = {
     "ship": ("ship", "onnx-fp32", "--target", "python", "--license", "MIT", "--output", "bundle", *MODEL),
     "predict": ("predict", "onnx-int8", "rows.csv", "--output", "scores.csv", *MODEL),
 }
+# Files that the command may leave after an interruption, beside those that it always leaves: the second run continues the
+# search, which then builds more artifacts, and the journal of the interrupted comparison stays.
+MAY_STAY = {"tune": r"exported/|benchmarks/results/local/.*\.journal$"}
 PREPARED = (
     ("export", *MODEL),
     ("quantize", *MODEL),
@@ -237,14 +240,14 @@ class Scene:
         yield shutil.copytree(saved, self.prepared)
 
     def faults_after(
-        self, strace: Sequence[str] = (), kill_after: float | None = None, hidden_may_stay: bool = False
+        self, strace: Sequence[str] = (), kill_after: float | None = None, undeleted_may_stay: bool = False
     ) -> tuple[Ended, list[str]]:
         """Runs the command with a fault, and then the same command without a fault; an interrupted benchmark resumes.
 
         Args:
             strace: Arguments of strace for the first run.
             kill_after: Seconds until the first run is killed.
-            hidden_may_stay: Whether hidden files that the commands leave are no fault.
+            undeleted_may_stay: Whether files that the command should delete at its end are no fault.
 
         Returns:
             The end of the first run, and a description of each fault in the folder after the two runs.
@@ -254,15 +257,17 @@ class Scene:
             faults = incomplete_results(folder)
             if "unexpected" in ended.output or "Traceback" in ended.output:
                 faults.append(f"no message: {ended.output[-300:]}")
-            is_resumable = any(folder.glob("benchmarks/results/local/*.journal"))
+            is_resumable = self.command[0] == "bench" and any(folder.glob("benchmarks/results/local/*.journal"))
             again = self.server.run([*self.command, *(["--resume"] if is_resumable else [])], folder)
             faults += [f"again: {fault}" for fault in incomplete_results(folder)]
             is_complete = again.code == 0 or (again.code == 1 and " exists." in again.output)
             if not is_complete:
                 faults.append(f"again: exit code {again.code}: {again.output[-300:]}")
             others = file_names(folder) ^ self.expected
-            if hidden_may_stay:
-                others = {name for name in others if not re.search(r"(^|/)\.", name)}
+            if may_stay := MAY_STAY.get(self.command[0]):
+                others = {name for name in others if name in self.expected or not re.match(may_stay, name)}
+            if undeleted_may_stay:  # hidden files and journals
+                others = {name for name in others if not re.search(r"(^|/)\.|\.journal$", name)}
             if is_complete and others:
                 faults.append(f"again: other files: {sorted(others)[:5]}")
             return ended, faults
@@ -298,7 +303,7 @@ def kill(scene: Scene, source: random.Random) -> tuple[Ended, list[str]]:
 def inject(scene: Scene, call: str, number: int, error: str = "ENOSPC") -> tuple[Ended, list[str]]:
     """Lets the call with this number fail; returns the end of the command, and what is wrong afterwards."""
     strace = ["-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={number}"]
-    return scene.faults_after(strace, hidden_may_stay=call == "unlink")
+    return scene.faults_after(strace, undeleted_may_stay=call == "unlink")
 
 
 def main() -> int:

@@ -157,8 +157,9 @@ def _bench_here(workspace: Workspace, request: Request, saving: _Saving) -> Resu
 
     with bar("bench") as progress:
         result, journal = run.measure(workspace, request, say, progress)
-    saving.save(result, None)
+    path = saving.save(result, None)
     journal.end()
+    say(f"saved: {path}")
     return result
 
 
@@ -173,7 +174,7 @@ def _bench_on_ray(
     with connect(address, say) as cluster:
         saving.require_free([node.machine["id"] for node in cluster.nodes])
         for result in measure(cluster, workspace, request, threads, say):
-            saving.save(result, result.machine["id"])
+            say(f"saved: {saving.save(result, result.machine['id'])}")
             results.append(result)
     return results
 
@@ -199,8 +200,8 @@ class _Saving:
             for machine_id in machine_ids:
                 require_free(self.folder.named_path(self.name, machine_id))
 
-    def save(self, result: ResultFile, machine_id: str | None) -> None:
-        """Writes the result and prints its path; writes a local file if the file that the user names is unwritable."""
+    def save(self, result: ResultFile, machine_id: str | None) -> Path:
+        """Writes the result and returns its path; writes a local file if the file that the user names is unwritable."""
         from toolchain.cli.progress import say
         from toolchain.errors import ResultFileError
         from toolchain.results.folder import save_named
@@ -216,4 +217,4 @@ class _Saving:
                 say(error.cause)
         else:
             path = self.folder.save_local(result, self.model, machine_id)
-        say(f"saved: {path}")
+        return path

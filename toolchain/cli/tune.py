@@ -107,8 +107,8 @@ def tune(
     with bar("Pareto front on the validation set") as progress:
         result, journal = run.measure(workspace, replace(final_request, names=tuple(names)), say, progress)
     path = results.save_local(result, workspace.model)
-    say(f"saved: {path}")
     journal.end()
+    say(f"saved: {path}")
     if as_json:
         output = {"best": asdict(best), "front": [asdict(outcome) for outcome in front], "result": str(path)}
         echo_json(output)
