@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,8 @@ class TracedServer(CommandServer):
         os.kill(started.pid, signal.SIGCONT)
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(started.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # the command has already ended
+                os.kill(started.pid, signal.SIGKILL)
         code = started.wait()
         seconds = time.monotonic() - start
         if tracer:
