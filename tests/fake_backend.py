@@ -29,6 +29,9 @@ class Clock:
         """Lets a time of about `duration_us` microseconds pass."""
         self._now_ns += round(1000 * duration_us * self._noise.uniform(0.95, 1.05))
 
+    def sleep(self, duration_s: float) -> None:
+        self._now_ns += round(1e9 * duration_s)
+
     def perf_counter(self) -> float:
         return self._now_ns / 1e9
 

@@ -48,10 +48,13 @@ def rich_row(variant, ms, wrong_rows, **changes):
         predictions=answers,
         probabilities=tuple((9000, 1000) if answer == 0 else (2000, 8000) for answer in answers),
         batch_changed=1,
+        server=latency,
+        server_ms=latency.milliseconds(),
         by_length={16: rounds(ms), 64: rounds(3 * ms)},
         memory_bytes={"peak": round(ms * 1e8), "method": "VmHWM"},
         noise={"steal_share": 0.3} if variant == "onnx-int8" else {},
         facts={
+            "server": {"qps": 400 / ms, "p99_limit_ms": 50.0, "mean_batch": 1.5},
             "roofline": {"macs": 10**6, "weight_bytes": 10**7, "floor_ms": 0.25, "share": 0.5},
             **({"pruning": pruning} if "pruned" in variant else {}),
         },

@@ -129,6 +129,8 @@ def test_the_same_command_changes_nothing_and_another_does_not_overwrite(make, t
     code, folder, card, _ = make(tiny_checkpoint, tickets, "--epochs", "1")
     assert code == 0
     time_before = (folder / "model.safetensors").stat().st_mtime_ns
+    state = publishing.work_folder(folder) / "training"
+    state.mkdir(parents=True)  # a run that was killed at its end leaves its state
     code, _, second_card, err = make(tiny_checkpoint, tickets, "--epochs", "1")
     assert (code, second_card) == (0, card)
     assert "unchanged" in err

@@ -118,10 +118,11 @@ def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     output = request.output
     with publishing.lock(output, lambda: say(f"{output}: waiting, because another run is writing to this folder")):
+        resume = publishing.work_folder(output) / "training"
         if finished_card := _finished_card(output, key):
+            shutil.rmtree(resume, ignore_errors=True)  # a run that was killed at its end has not deleted it
             say(f"{output}: unchanged, because a run with the same settings already finished")
             return finished_card
-        resume = publishing.work_folder(output) / "training"
         with publishing.scratch_folder(output) as scratch:
             start = scratch / "start"
             _write_start(folder, start, rows, keep, request.recipe.seed)

@@ -136,8 +136,8 @@ CASES = {
     "ship": ("ship", "onnx-fp32", "--target", "python", "--license", "MIT", "--output", "bundle", *MODEL),
     "predict": ("predict", "onnx-int8", "rows.csv", "--output", "scores.csv", *MODEL),
 }
-# Files that the command may leave after an interruption, beside those that it always leaves: the second run continues the
-# search, which then builds more artifacts, and the journal of the interrupted comparison stays.
+# Files that the command may leave after an interruption, beside those that it always leaves. The second run continues
+# the search, which then builds more artifacts, and the journal of the interrupted comparison stays.
 MAY_STAY = {"tune": r"exported/|benchmarks/results/local/.*\.journal$"}
 PREPARED = (
     ("export", *MODEL),

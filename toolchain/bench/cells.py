@@ -9,9 +9,10 @@ from typing import Any, cast
 from toolchain import errors
 from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.store import Artifact
+from toolchain.bench import server
 from toolchain.bench.noise import Noise
 from toolchain.bench.process import Worker
-from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, length_kind
+from toolchain.bench.scenarios import LENGTHS, OFFLINE, SERVER, SINGLE, Protocol, length_kind
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
 from toolchain.data.labels import REGRESSION, Answer
@@ -75,6 +76,7 @@ class Running:
         worker: The cell's process; None if no process runs.
         starts: For each process of the cell, the reply to `Worker.load` and the seconds per sentence of the warm-up.
         turns: The worker's reply to each turn, by kind of turn and by number of the round.
+        server: The turns of the scenario ``server``.
         peaks: Memory peaks of each ended process of the cell.
         exactness: Microseconds of each round with exact and with saturating 8-bit products; empty if the
             benchmark does not compare them.
@@ -87,6 +89,7 @@ class Running:
     worker: Worker | None = None
     starts: list[dict[str, Any]] = field(default_factory=list)
     turns: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    server: list[server.Turn] = field(default_factory=list)
     peaks: list[dict[str, Any]] = field(default_factory=list)
     exactness: dict[str, list[int]] = field(default_factory=dict)
     failure: ToolchainError | None = None
@@ -107,6 +110,8 @@ class Running:
             self.exactness = dict(reply)
         elif kind == "failure":
             self.failure = getattr(errors, reply["type"])(reply["cause"], reply["mend"])
+        elif kind == SERVER:
+            self.server.append(server.Turn(**reply))
         else:
             self.turns.setdefault(kind, {})[record["turn"]] = reply
 
@@ -115,6 +120,14 @@ class Running:
         """Returns whether the cell's 8-bit products are exact on this processor only with a session option."""
         option = self.starts and self.starts[0]["facts"].get("option")
         return bool(option) and self.artifact.manifest.facts.get("int8_headroom", 1) < 1
+
+    @property
+    def single_qps(self) -> float:
+        """Returns the number of sentences per second in the scenario ``single-stream``, tokenising included."""
+        replies = self.turns[SINGLE].values()
+        times = [us for reply in replies for us in _flatten(reply["us"])]
+        tokenizing = [us for reply in replies for us in reply["tokenizing_us"]]
+        return float(1e6 * len(times) / (sum(times) + sum(tokenizing)))
 
     @property
     def sentence_s(self) -> float:
@@ -148,6 +161,7 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
     count = len(data.labels)
     single_score = _score(single_answers, data, 1)
     batched_score = _score(batched_answers, data, protocol.batch_size)
+    served = server.outcome(item.server, protocol) if item.server else None
     by_length = {
         n: Samples.from_single([_flatten(reply["us"]) for reply in _sort_replies(item, length_kind(n))])
         for n in LENGTHS
@@ -176,6 +190,7 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
                 "rewrites": manifest.facts.get("rewrites"),
                 **{name: manifest.facts[name] for name in ("pruning", "vocabulary") if name in manifest.facts},
                 **_exactness_fact(item),
+                **({"server": served.fact(protocol)} if served else {}),
             },
         ),
         noise=item.noise.shares(),
@@ -185,6 +200,8 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
         resident=resident,
         cold_start=cold_start,
         load=load,
+        server_ms=served.samples.milliseconds() if served else {},
+        server=served.samples if served else None,
         by_length=by_length,
         predictions=tuple((single_answers if single_score else batched_answers)[i] for i in range(count)),
         probabilities=tuple(probabilities.get(i) for i in range(count)) if data.label_set.labels_texts else (),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from toolchain import errors
-from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Turn, length_kind
+from toolchain.bench.scenarios import LENGTHS, OFFLINE, SERVER, SINGLE, Turn, length_kind
 from toolchain.data.labels import MULTI, REGRESSION, TOKENS, Answer, LabelSet
 from toolchain.results.facts import GpuMemory, Memory, SessionFacts
 from toolchain.results.measurements import MAX_TIME_US, PROBABILITY
@@ -83,6 +83,17 @@ class TurnReply(TypedDict):
 
 
 @strict
+class ServerReply(TypedDict):
+    """The reply to one turn of the scenario ``server``; see `toolchain.bench.server.Turn`."""
+
+    qps: Amount
+    is_search: bool
+    planned: Count
+    us: list[Time]
+    sizes: list[Count]
+
+
+@strict
 @dataclass(frozen=True)
 class _Record:
     """One result of a cell; `cells.Running.add_record` reads it."""
@@ -129,6 +140,18 @@ class _FailureRecord(_Record):
 
 @strict
 @dataclass(frozen=True)
+class _ServerRecord(_Record):
+    kind: Literal["server"]
+    reply: ServerReply
+
+    def __post_init__(self) -> None:
+        count, sizes = len(self.reply["us"]), self.reply["sizes"]
+        if not (0 < count <= self.reply["planned"] and all(sizes) and sum(sizes) == count):
+            raise ValueError("the numbers of queries contradict each other")
+
+
+@strict
+@dataclass(frozen=True)
 class _TurnRecord(_Record):
     kind: str
     reply: TurnReply
@@ -138,12 +161,13 @@ class _TurnRecord(_Record):
             raise ValueError("the kind or the number of a turn is unknown")
 
 
-Record = _StartRecord | _PeakRecord | _ExactnessRecord | _FailureRecord | _TurnRecord
+Record = _StartRecord | _PeakRecord | _ExactnessRecord | _FailureRecord | _ServerRecord | _TurnRecord
 _TYPES: dict[str, type[Record]] = {
     "start": _StartRecord,
     "peak": _PeakRecord,
     "exactness": _ExactnessRecord,
     "failure": _FailureRecord,
+    SERVER: _ServerRecord,
 }
 
 

@@ -10,12 +10,12 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from toolchain.backends import BACKENDS, Backend
-from toolchain.bench import scenarios
+from toolchain.bench import scenarios, server
 from toolchain.bench.cells import Cell, Running, make_row, make_row_without_figures
 from toolchain.bench.journal import Journal, invalid_journal
 from toolchain.bench.journal_records import TurnReply, fits_plan
 from toolchain.bench.process import Worker
-from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, Turn
+from toolchain.bench.scenarios import LENGTHS, OFFLINE, SERVER, SINGLE, Protocol, Turn
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
 from toolchain.errors import ToolchainError
@@ -30,6 +30,7 @@ TURN_TIMEOUT_S = 120.0
 # sentences at batch 1.
 WARM_UP_SENTENCES = 12
 EXACTNESS_ROUNDS = 20
+TYPICAL_SERVER_TURNS = 14  # typical number of turns of a cell in the scenario server, for the progress bar
 SPARE_TIME = 1.1  # factor that makes a cell's first round longer than the required time of a round; see `_run_turn`
 SPARE_SHARE = 0.1  # share of the machine's memory that must stay free
 
@@ -129,10 +130,45 @@ class _Bench:
                         self._progress(done, total, f"{item.cell.name}, {work.kind}, {round_text}")
                         self._run_action(index, self._run_turn, turn, work)
                     done += 1
+        self._measure_server()
         for index in self.running:
             self._run_action(index, self._stop_process)
             self._run_action(index, self._require_peak, batches)
             self._run_action(index, self._time_exactness)
+
+    def _measure_server(self) -> None:
+        """Measures all turns of the scenario ``server``, in which the cells also alternate."""
+        total = TYPICAL_SERVER_TURNS * len(self.running)
+        while rates := self._server_rates():
+            turn = min(len(self.running[index].server) for index in rates)
+            for index in self._shuffle(random.Random(f"{self._protocol.seed} {SERVER} {turn}")):
+                item = self.running[index]
+                if index in rates and len(item.server) == turn:
+                    qps, is_search = rates[index]
+                    done = min(total, sum(len(item.server) for item in self.running.values()))
+                    self._progress(done, total, f"{item.cell.name}, {SERVER}, {qps:.4g} queries/s")
+                    self._run_action(index, self._run_server_turn, qps, is_search)
+
+    def _server_rates(self) -> dict[int, tuple[float, bool]]:
+        """Returns the rate of the next turn of each cell whose scenario ``server`` has not ended."""
+        rates = {
+            index: server.next_rate(item.server, self._protocol, item.single_qps)
+            for index, item in self.running.items()
+            if item.failure is None
+        }
+        return {index: rate for index, rate in rates.items() if rate}
+
+    def _run_server_turn(self, index: int, item: Running, qps: float, is_search: bool) -> None:
+        if item.worker is None:
+            self._start_process(index, item)
+        assert item.worker is not None
+        work = server.plan(len(item.server), qps, is_search, self._singles, self._protocol)
+        count = len(work.sentences)
+        timeout_s = TURN_TIMEOUT_S + work.arrivals_us[-1] / 1e6 + 10 * item.sentence_s * count
+        with item.noise.watch([item.worker.pid]):
+            reply = item.worker.ask(work.message(self._protocol.batch_size), timeout_s)
+        time.sleep(SETTLE_S)
+        self._record(index, SERVER, {"qps": qps, "is_search": is_search, "planned": count, **reply}, len(item.server))
 
     def _check_records(self, batches: Sequence[list[int]]) -> None:
         """Requires that each record of an interrupted run belongs to a turn of this run.
@@ -154,8 +190,21 @@ class _Bench:
                 for kind, replies in item.turns.items()
                 for turn, reply in replies.items()
             )
+            fits = fits and self._fits_server(item)
             if self._journal and not (fits and (item.needs_option or not item.exactness)):
                 raise invalid_journal(self._journal.path, f"a record of {item.cell.name} does not fit the run")
+
+    def _fits_server(self, item: Running) -> bool:
+        """Returns whether the recorded turns of the scenario ``server`` are those that this run plans."""
+        if item.server and len(item.turns.get(SINGLE, {})) < self._protocol.rounds:
+            return False
+        for number, turn in enumerate(item.server):
+            rate = server.next_rate(item.server[:number], self._protocol, item.single_qps)
+            if rate != (turn.qps, turn.is_search):
+                return False
+            if len(server.plan(number, *rate, self._singles, self._protocol).sentences) != turn.planned:
+                return False
+        return True
 
     def _require_peak(self, index: int, item: Running, batches: Sequence[list[int]]) -> None:
         """Measures the memory peak if the interrupted run ended after the last turn and before this measurement."""

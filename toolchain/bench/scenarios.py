@@ -2,7 +2,8 @@
 
 The scenarios ``single-stream`` and ``offline`` come from MLPerf Inference. ``single-stream`` sends one sentence at a
 time, without padding, and sends all sentences equally often. ``offline`` sends all sentences in batches, sorted by
-length. ``cold-start`` is the time from the start of a process to its first answer.
+length. ``cold-start`` is the time from the start of a process to its first answer. ``server``, which also comes from
+MLPerf Inference, is in `toolchain.bench.server`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from toolchain.backends import Place
 
-SINGLE, OFFLINE = "single-stream", "offline"
+SINGLE, OFFLINE, SERVER = "single-stream", "offline", "server"
 SLICES = 8  # Number of rounds that together measure each sentence once.
 MOST_SENTENCES = 2000  # Maximum number of sentences at batch size 1; a random sample replaces a larger data set.
 FEWEST_SENTENCES = 100
@@ -37,6 +38,10 @@ class Protocol:
         threads: Number of threads on the host.
         batch_size: Maximum number of sentences in a batch.
         by_length: Whether to measure, besides the scenarios, the latency for each number of tokens in `LENGTHS`.
+        server_p99_ms: Largest p99 of the scenario ``server`` in milliseconds. The benchmark searches the highest rate
+            that keeps this p99; None for no search.
+        server_qps: Rate of the scenario ``server`` in queries per second; None for no fixed rate. Without a fixed rate
+            and without `server_p99_ms`, the benchmark leaves out the scenario ``server``.
         seed: Seed of the random orders and samples.
         device_id: Index of the GPU for CUDA cells.
         allow_fallback: Whether a session on a GPU may run some operators on the CPU; the cell's row reports a fallback.
@@ -49,6 +54,8 @@ class Protocol:
     threads: int
     batch_size: int = 32
     by_length: bool = False
+    server_p99_ms: float | None = None
+    server_qps: float | None = None
     seed: int = 20
     device_id: int = 0
     allow_fallback: bool = False
@@ -120,13 +127,23 @@ def offline_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        has_room = batches and len(batches[-1]) < size
         # The sentences come in order of length, so the last sentence of a batch determines the padded length.
-        if has_room and (len(batches[-1]) + 1) * lengths[index] <= size * TOKENS_A_SENTENCE:
+        if batches and fits_batch(len(batches[-1]) + 1, lengths[index], size):
             batches[-1].append(index)
         else:
             batches.append([index])
     return batches
+
+
+def fits_batch(count: int, longest: int, size: int) -> bool:
+    """Returns whether a batch may have `count` sentences.
+
+    Args:
+        count: Number of sentences, at least 1. One sentence always fits.
+        longest: Number of tokens of the longest sentence.
+        size: Maximum number of sentences in a batch.
+    """
+    return count == 1 or (count <= size and count * longest <= size * TOKENS_A_SENTENCE)
 
 
 def turns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import gc
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain import errors
 from toolchain.backends import Place, session_class
 from toolchain.bench import gpu_memory
+from toolchain.bench.scenarios import fits_batch
 from toolchain.data import labels
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.labels import TOKENS, Tokens
@@ -155,6 +157,57 @@ class _Child:
         if self._gpu:
             self._gpu.read()
         return {**result, **self._check_and_decode(outputs, batches)}
+
+    def server(
+        self, arrivals_us: list[int], sentences: list[int], late_us: int, most_late: int, batch_size: int
+    ) -> dict[str, Any]:
+        """Answers queries that arrive at given times; see `toolchain.bench.server`.
+
+        Args:
+            arrivals_us: Time of arrival of each query, in microseconds after the start.
+            sentences: Index of the sentence of each query.
+            late_us: Latency in microseconds above which a query is late.
+            most_late: Number of late queries above which the method stops.
+            batch_size: Maximum number of sentences in a batch.
+
+        Returns:
+            ``us`` is the latency of each answered query in microseconds, and ``sizes`` the number of sentences in each
+            batch.
+        """
+        for sentence in sentences[:2]:
+            self._session.run(self._encode_batch([sentence]))
+        result: dict[str, Any] = {"us": [], "sizes": []}
+        late = 0
+        gc.collect()
+        gc.disable()
+        try:
+            started_ns = time.perf_counter_ns()
+            while (first := len(result["us"])) < len(sentences) and late <= most_late:
+                now_us = _elapsed_us(started_ns)
+                if arrivals_us[first] > now_us:
+                    time.sleep((arrivals_us[first] - now_us) / 1e6)
+                    continue
+                arrived = bisect.bisect_right(arrivals_us, now_us)
+                batch = self._take_batch(sentences[first:arrived], batch_size)
+                self._session.run(self._encode_batch(batch))
+                now_us = _elapsed_us(started_ns)
+                latencies = [max(1, now_us - arrival) for arrival in arrivals_us[first : first + len(batch)]]
+                late += sum(latency > late_us for latency in latencies)
+                result["us"] += latencies
+                result["sizes"].append(len(batch))
+        finally:
+            gc.enable()
+        return result
+
+    def _take_batch(self, waiting: list[int], batch_size: int) -> list[int]:
+        """Returns the first of the waiting sentences, as many as fit into one batch."""
+        longest, count = 0, 0
+        for sentence in waiting:
+            longest = max(longest, len(self._ids[sentence]))
+            if not fits_batch(count + 1, longest, batch_size):
+                break
+            count += 1
+        return waiting[:count]
 
     def exactness(self, batches: list[list[int]], rounds: int) -> dict[str, Any]:
         """Compares the times of exact and of saturating 8-bit products in alternating rounds, after one untimed round.

@@ -62,6 +62,21 @@ if TYPE_CHECKING:
     help="Largest number of sentences in a batch.",
 )
 @click.option("--by-length", is_flag=True, help="Also measure latency at 16, 32, … 512 tokens.")
+@click.option(
+    "--scenario",
+    type=click.Choice(["server"]),
+    help="Also measure this scenario. server: sentences arrive at random times, and their waiting counts.",
+)
+@click.option(
+    "--p99-ms",
+    type=click.FloatRange(0, 1000, min_open=True),
+    help="For --scenario server: search the highest rate with at most this p99 in ms.  [default: 50]",
+)
+@click.option(
+    "--qps",
+    type=click.FloatRange(0, 100_000, min_open=True),
+    help="For --scenario server: measure all variants at this rate in sentences per second, without a search.",
+)
 @click.option("--save-as", metavar="NAME", help="Save the result as NAME.json in --results, so that you can commit it.")
 @click.option("--force", is_flag=True, help="Let --save-as replace an existing file.")
 @click.option("--resume", is_flag=True, help="Continue the interrupted run of the same command.")
@@ -85,6 +100,9 @@ def bench(
     split: str | None,
     batch_size: int,
     by_length: bool,
+    scenario: str | None,
+    p99_ms: float | None,
+    qps: float | None,
     save_as: str | None,
     force: bool,
     resume: bool,
@@ -106,11 +124,13 @@ def bench(
       toolchain bench --quick
       toolchain bench --provider cuda
       toolchain bench --provider cpu --variant onnx-int8 --variant torch-fp32
+      toolchain bench --scenario server --p99-ms 20
       toolchain bench --data reviews.csv --text-column review
       toolchain bench --quick --engine ray --address auto
     """
     from toolchain.bench import run
     from toolchain.bench.scenarios import FULL, QUICK
+    from toolchain.bench.server import DEFAULT_P99_MS
     from toolchain.results.folder import ResultsFolder, require_measured
     from toolchain.system import hardware
 
@@ -120,11 +140,17 @@ def bench(
         raise click.BadParameter("give a name, not a path", param_hint="--save-as")
     if force and not save_as:
         raise click.UsageError("--force needs --save-as.")
+    if (p99_ms or qps) and not scenario:
+        raise click.UsageError("--p99-ms and --qps need --scenario server.")
+    if p99_ms and qps:
+        raise click.UsageError("--p99-ms and --qps exclude each other.")
     protocol = replace(
         QUICK if quick else FULL,
         threads=threads or hardware.cores(),
         batch_size=batch_size,
         by_length=by_length,
+        server_p99_ms=(p99_ms or DEFAULT_P99_MS) if scenario and not qps else None,
+        server_qps=qps,
         device_id=device_id,
         allow_fallback=allow_fallback,
     )

@@ -120,6 +120,15 @@ class Row:
         return paired or self._figure_ratio(lambda m: m.throughput_per_s and 1 / m.throughput_per_s)
 
     @property
+    def server_gain(self) -> Ratio | None:
+        """Returns row rate / baseline rate of the scenario ``server``; None unless both keep the same limit."""
+        facts = [m.facts.get("server") for m in (self.measurement, self.baseline) if m]
+        limits = {fact.get("p99_limit_ms") for fact in facts if fact}
+        if len(facts) < 2 or None in facts or len(limits) > 1 or None in limits:
+            return None
+        return self._figure_ratio(lambda m: 1 / m.facts["server"]["qps"] if m.facts["server"]["qps"] else None)
+
+    @property
     def memory_reduction(self) -> float | None:
         """Returns baseline peak memory / row peak memory; above 1, the row needs less memory.
 
@@ -295,7 +304,9 @@ class Row:
         if self.measurement.by_length:
             body["by_length"] = {n: samples.milliseconds() for n, samples in self.measurement.by_length.items()}
         ratios: dict[str, Any] = {
-            name: ratio.to_json() for name in ("speedup", "throughput_gain") if (ratio := getattr(self, name))
+            name: ratio.to_json()
+            for name in ("speedup", "throughput_gain", "server_gain")
+            if (ratio := getattr(self, name))
         }
         names = ("accuracy_points", "memory_reduction", "size_reduction")
         ratios |= {name: round(value, 4) for name in names if (value := getattr(self, name)) is not None}
@@ -416,6 +427,7 @@ ORDERS: dict[str, Callable[[Row], float | None]] = {
     "accuracy": lambda row: -row.measurement.score.value if row.measurement.score else None,
     "latency": lambda row: row.measurement.latency_ms.get("p50"),
     "throughput": lambda row: -row.measurement.throughput_per_s if row.measurement.throughput_per_s else None,
+    "server": lambda row: -row.measurement.facts["server"]["qps"] if "server" in row.measurement.facts else None,
     "memory": lambda row: row.measurement.memory_bytes.get("peak"),
     "size": lambda row: row.measurement.size_bytes.get("total"),
 }

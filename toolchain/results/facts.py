@@ -39,6 +39,8 @@ class RunSettings(TypedDict):
     source: NotRequired[Line]
     method: NotRequired[Line]
     rates: NotRequired[dict[Line, dict[Line, Amount]]]
+    server_p99_ms: NotRequired[Amount | None]
+    server_qps: NotRequired[Amount | None]
 
 
 @open_record
@@ -216,6 +218,19 @@ class Exactness(TypedDict):
 
 
 @open_record
+class Server(TypedDict):
+    """The fact ``server``: the rate of the scenario, and the mean number of sentences in a batch at this rate.
+
+    ``qps`` is queries per second. With ``p99_limit_ms``, the rate is the highest that keeps this p99, or 0 if no rate
+    keeps it; without, the user chose the rate.
+    """
+
+    qps: Amount
+    mean_batch: Amount
+    p99_limit_ms: NotRequired[Amount]
+
+
+@open_record
 class CellFacts(TypedDict):
     """Facts of a cell that are not figures."""
 
@@ -225,6 +240,7 @@ class CellFacts(TypedDict):
     vocabulary: NotRequired[Vocabulary]
     roofline: NotRequired[Roofline]
     exactness: NotRequired[Exactness]
+    server: NotRequired[Server]
     note: NotRequired[Line]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ QUANTILES_OF = {
     "resident_ms": "resident",
     "cold_start_ms": "cold_start",
     "load_ms": "load",
+    "server_ms": "server",
 }
 SAMPLES = (*QUANTILES_OF.values(), "batches")
 BATCHED = "_batched"  # ending of the key of a score in batches
@@ -127,6 +129,7 @@ class Measurement:
         resident: Times at batch 1 on a GPU, without the copies to and from the GPU.
         cold_start: Times from the start of a process to its first result.
         load: Times to load a session from its files.
+        server: Latencies of the scenario ``server``: queries arrive at random, and waiting counts.
         by_length: Number of tokens → times at batch 1 with a sentence of this length.
         predictions: Answer to each sentence, as in `toolchain.data.labels`.
         probabilities: Probabilities of the labels for each sentence, as integers from 0 to `PROBABILITY`; None for a
@@ -149,6 +152,7 @@ class Measurement:
     resident_ms: Mapping[str, float] = field(default_factory=dict)
     cold_start_ms: Mapping[str, float] = field(default_factory=dict)
     load_ms: Mapping[str, float] = field(default_factory=dict)
+    server_ms: Mapping[str, float] = field(default_factory=dict)
     throughput_per_s: float | None = None
     memory_bytes: Memory = field(default_factory=lambda: Memory())
     size_bytes: Size = field(default_factory=lambda: Size())
@@ -160,6 +164,7 @@ class Measurement:
     resident: Samples | None = None
     cold_start: Samples | None = None
     load: Samples | None = None
+    server: Samples | None = None
     by_length: Mapping[int, Samples] = field(default_factory=dict)
     predictions: tuple[Answer, ...] = ()
     probabilities: tuple[tuple[int, ...] | None, ...] = ()
@@ -206,6 +211,11 @@ class Measurement:
                 raise ValueError(f"{self.cell}: {name} does not follow from its samples")
         if self.batches and self.batches.per_second() != self.throughput_per_s:
             raise ValueError(f"{self.cell}: throughput_per_s does not follow from its samples")
+        served = self.facts.get("server", {"qps": 0.0, "mean_batch": 0.0})
+        if served["qps"] and not self.server:
+            raise ValueError(f"{self.cell} has a rate of the scenario server, but lacks its samples")
+        if served["qps"] and self.server_ms["p99"] > served.get("p99_limit_ms", math.inf):
+            raise ValueError(f"{self.cell}: the rate of the scenario server exceeds the limit of its p99")
         if any(chances and not all(0 <= p <= PROBABILITY for p in chances) for chances in self.probabilities):
             raise ValueError(f"{self.cell} has a probability outside the range from 0 to {PROBABILITY}")
 

@@ -271,6 +271,7 @@ class _StoredRow:
     resident_ms: dict[Line, Amount] = field(default_factory=dict)
     cold_start_ms: dict[Line, Amount] = field(default_factory=dict)
     load_ms: dict[Line, Amount] = field(default_factory=dict)
+    server_ms: dict[Line, Amount] = field(default_factory=dict)
     throughput_per_s: Amount | None = None
     memory_bytes: StoredMemory = field(default_factory=lambda: Memory())
     size_bytes: StoredSize = field(default_factory=lambda: Size())

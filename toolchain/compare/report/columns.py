@@ -91,6 +91,18 @@ def _throughput(row: Row) -> Figure | None:
     return Figure.from_number(row.measurement.throughput_per_s, ".0f", note=_note(row, row.throughput_gain))
 
 
+def _server_rate(row: Row) -> Figure | None:
+    """Returns the highest rate that keeps the p99 of the scenario ``server``; None if the user chose the rate."""
+    fact = row.measurement.facts.get("server", {})
+    return Figure.from_number(fact["qps"], ".4g", note=_note(row, row.server_gain)) if "p99_limit_ms" in fact else None
+
+
+def _server_p99(row: Row) -> Figure | None:
+    """Returns the p99 of the scenario ``server`` at a rate that the user chose."""
+    fact = row.measurement.facts.get("server", {})
+    return None if "p99_limit_ms" in fact else Figure.from_number(row.measurement.server_ms.get("p99"), ".1f")
+
+
 def _memory(row: Row) -> Figure | None:
     count = row.measurement.memory_bytes.get("peak")
     return Figure.from_number(to_megabytes(count), ".0f", note=_note(row, row.memory_reduction))
@@ -154,6 +166,8 @@ COLUMNS = (
         optional=True,
     ),
     Column("throughput", "sentences/s (faster)", _throughput, "sentences/s"),
+    Column("server rate", "queries/s (more)", _server_rate, "queries/s", optional=True),
+    Column("server p99", "server p99 ms", _server_p99, "ms", optional=True),
     Column("memory", "peak MB (smaller)", _memory, "MB"),
     Column("GPU memory", "GPU peak MB", _gpu_memory, "MB", optional=True),
     Column("size", "size MB (smaller)", _size, "MB"),
@@ -271,7 +285,7 @@ def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
         ]
     )
     lines += [f"{row.measurement.cell}: {_exactness_note(row)}" for row in rows if "exactness" in row.measurement.facts]
-    lines += _gpu_notes(rows) + _source_notes(rows)
+    lines += _server_notes(rows) + _gpu_notes(rows) + _source_notes(rows)
     if any(row.stale for row in rows):
         lines.append("[stale]: a newer build has replaced the measured artifact; measure again with `toolchain bench`.")
     without_figures = [
@@ -297,6 +311,20 @@ def _group_cells(cell_texts: Sequence[tuple[str, str]]) -> list[str]:
     for cell, text in cell_texts:
         cells.setdefault(text, {})[cell] = None
     return [f"{', '.join(names)}{text}" for text, names in cells.items()]
+
+
+def _server_notes(rows: Sequence[Row]) -> list[str]:
+    """Returns a note for each limit and each fixed rate of the scenario ``server``."""
+    lines = []
+    for fact in (row.measurement.facts["server"] for row in rows if "server" in row.measurement.facts):
+        if "p99_limit_ms" in fact:
+            limit = f"{fact['p99_limit_ms']:g} ms"
+            lines.append(
+                f"Queries/s: the highest rate of random arrivals whose p99 is at most {limit}, waiting included."
+            )
+        else:
+            lines.append(f"Server p99: latency with random arrivals at {fact['qps']:g} queries/s, waiting included.")
+    return list(dict.fromkeys(lines))
 
 
 def _gpu_notes(rows: Sequence[Row]) -> list[str]:

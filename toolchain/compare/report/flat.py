@@ -85,7 +85,17 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "precision": lambda row: _score(row, EntityScore, "precision"),
     "recall": lambda row: _score(row, EntityScore, "recall"),
     "wilcoxon_p": lambda row: _p_value(row, "Wilcoxon"),
+    "server_qps": lambda row: _server(row, "qps"),
+    "server_p99_limit_ms": lambda row: _server(row, "p99_limit_ms"),
+    "server_p99_ms": lambda row: row.measurement.server_ms.get("p99"),
+    "server_mean_batch": lambda row: _server(row, "mean_batch"),
+    "server_gain": lambda row: row.server_gain and row.server_gain.value,
 }
+
+
+def _server(row: Row, name: str) -> Any:
+    """Returns a value of the fact ``server``; None if the scenario was not measured."""
+    return row.measurement.facts.get("server", {}).get(name)
 
 
 def _p_value(row: Row, test: str) -> float | None:
