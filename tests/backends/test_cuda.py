@@ -22,7 +22,8 @@ from toolchain.bench.runner import bench
 from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import ensure
 from toolchain.cli import main
-from toolchain.compare.report.columns import CELL, columns, notes
+from toolchain.compare.report.columns import CELL, columns
+from toolchain.compare.report.notes import notes
 from toolchain.compare.rows import compare
 from toolchain.data import encoding, inputs
 from toolchain.data.encoding import Encoder

@@ -24,7 +24,7 @@ from toolchain.bench.journal import Journal
 from toolchain.bench.process import Worker
 from toolchain.bench.runner import bench
 from toolchain.bench.scenarios import Protocol
-from toolchain.compare.report.columns import notes
+from toolchain.compare.report.notes import notes
 from toolchain.compare.rows import compare
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder

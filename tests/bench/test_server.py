@@ -25,8 +25,9 @@ from toolchain.bench.journal import Journal
 from toolchain.bench.process import Worker
 from toolchain.bench.runner import bench
 from toolchain.bench.scenarios import Protocol
-from toolchain.compare.report.columns import columns, notes
+from toolchain.compare.report.columns import columns
 from toolchain.compare.report.flat import to_csv
+from toolchain.compare.report.notes import notes
 from toolchain.compare.rows import compare
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder

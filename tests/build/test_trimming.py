@@ -28,7 +28,7 @@ from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import ensure, validate_variant
 from toolchain.build.trimming import corpus_of, validation_data
 from toolchain.build.workspace import Workspace
-from toolchain.compare.report.columns import notes
+from toolchain.compare.report.notes import notes
 from toolchain.compare.rows import compare
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad

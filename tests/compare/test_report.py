@@ -10,8 +10,9 @@ from conftest import TESTS
 from rich_rows import DATA, hostile_result, report_html, rich_result
 from sample_results import measured_row, result
 
-from toolchain.compare.report.columns import CELL, columns, notes
+from toolchain.compare.report.columns import CELL, columns
 from toolchain.compare.report.flips import Sentence, Texts
+from toolchain.compare.report.notes import notes
 from toolchain.compare.report.plots import figures, save
 from toolchain.compare.rows import compare
 from toolchain.data import inputs

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sample_results import FP32, INT8, RUN, measured_row, result, row_of_cell
 
 from toolchain.bench.noise import Noise
-from toolchain.compare.report.columns import notes
+from toolchain.compare.report.notes import notes
 from toolchain.compare.rows import arrange, compare
 from toolchain.errors import ResultFileError
 from toolchain.results import statistics

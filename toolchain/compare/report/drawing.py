@@ -16,7 +16,8 @@ from toolchain.compare.report.canvas import (
     place_labels_at_end,
     runtime_style,
 )
-from toolchain.compare.report.columns import score_names, speedup_over_unpruned
+from toolchain.compare.report.columns import score_names
+from toolchain.compare.report.notes import speedup_over_unpruned
 from toolchain.compare.report.panels import Panel, printable
 from toolchain.compare.rows import Row
 

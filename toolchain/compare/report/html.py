@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.compare.report import canvas, origin, plots, sections
-from toolchain.compare.report.columns import notes, rows_with_figures, title
+from toolchain.compare.report.columns import rows_with_figures, title
 from toolchain.compare.report.flips import Texts, flips, shared_losses
+from toolchain.compare.report.notes import notes
 from toolchain.compare.report.panels import panels
 from toolchain.compare.rows import Row
 from toolchain.results.statistics import CONFIDENCE, FEWEST_ROUNDS

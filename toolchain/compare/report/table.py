@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from toolchain.compare.report.columns import columns, notes, rows_with_figures, title
+from toolchain.compare.report.columns import columns, rows_with_figures, title
+from toolchain.compare.report.notes import notes
 from toolchain.compare.rows import Row
 from toolchain.system.escaping import escape_line
 
