@@ -12,15 +12,14 @@ benchmarks/studies/clients-reference.json.
 from __future__ import annotations
 
 import functools
-import http.server
 import json
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,8 @@ SEED = 20
 
 sys.path.insert(0, str(ROOT / "tests"))
 from chromium import Chromium  # noqa: E402 (the tests' driver)
+from demo_page import serve  # noqa: E402
+from servers import free_port  # noqa: E402
 
 
 def run_process(*command: str | Path) -> dict[str, Any]:
@@ -56,21 +57,31 @@ def run_process(*command: str | Path) -> dict[str, Any]:
     return output
 
 
-def run_page(folder: Path, dtype: str, texts: str) -> dict[str, Any]:
-    """Serves a web bundle from this machine, runs page.js in a new browser and returns the result of page.js."""
+def run_page(folder: Path, dtype: str, texts: str, threads: int = 1) -> dict[str, Any]:
+    """Serves a web bundle from this machine, runs page.js in a new browser and returns the result of page.js.
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, tempfile.TemporaryDirectory() as profile:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with Chromium(Path(profile)) as browser:
-            browser.open(f"http://127.0.0.1:{server.server_port}/")
-            output: dict[str, Any] = browser.run(f"({(SCRIPTS / 'page.js').read_text()})('{dtype}', {texts})")
-        server.shutdown()
+    With several threads, the bundle's own server sends the headers that the threads need.
+    """
+    server = serve_isolated(folder) if threads > 1 else serve(folder)
+    with server as address, tempfile.TemporaryDirectory() as profile, Chromium(Path(profile)) as browser:
+        browser.open(address)
+        script = (SCRIPTS / "page.js").read_text()
+        output: dict[str, Any] = browser.run(f"({script})('{dtype}', {texts}, {threads})")
     return output
+
+
+@contextmanager
+def serve_isolated(folder: Path) -> Iterator[str]:
+    """Serves a web bundle with its own server, and yields its address."""
+    with subprocess.Popen(
+        [sys.executable, folder / "serve.py", str(port := free_port())], stdout=subprocess.PIPE
+    ) as run:
+        try:
+            assert run.stdout is not None
+            run.stdout.readline()  # the server prints its address when it is ready
+            yield f"http://localhost:{port}/"
+        finally:
+            run.terminate()
 
 
 def client_row(rounds: list[dict[str, Any]], python_labels: list[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-// Labels of texts in a bundle's page: a function of a dtype and the texts.
-async (dtype, texts) => {
-  const { pipeline } = await import("@huggingface/transformers");
+// Labels of texts in a bundle's page: a function of a dtype, the texts and the number of WebAssembly threads.
+async (dtype, texts, threads = 1) => {
+  const { env, pipeline } = await import("@huggingface/transformers");
+  env.backends.onnx.wasm.numThreads = threads;
   const started = performance.now();
   const classify = await pipeline("text-classification", "./", { dtype, device: "wasm" });
   const [answers, ms] = [[], []];
@@ -12,5 +13,5 @@ async (dtype, texts) => {
     first_ms ||= performance.now() - started;
   }
   await classify.dispose();
-  return { answers, ms, first_ms };
+  return { answers, ms, first_ms, isolated: crossOriginIsolated };
 }
