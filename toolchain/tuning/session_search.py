@@ -280,6 +280,9 @@ def combine(default: AppSettings, objective: str, screened: Sequence[Screened]) 
         if factor == "execution_mode":
             fields["inter_op_threads"] = each.settings.session.inter_op_threads
         settings = replace(settings, session=replace(settings.session, **fields))
+    if settings.threads == 1 and settings.session.execution_mode == default.session.execution_mode:
+        # A single thread never waits for others, so spinning cannot act.
+        settings = replace(settings, session=replace(settings.session, spinning=default.session.spinning))
     return settings
 
 
