@@ -139,8 +139,8 @@ def tune(
     journal.end()
     say(f"saved: {path}")
     if as_json:
-        output = {"best": asdict(best), "front": [asdict(outcome) for outcome in front], "result": str(path)}
-        echo_json(output)
+        report = {"best": asdict(best), "front": [asdict(outcome) for outcome in front], "result": str(path)}
+        echo_json(report)
     else:
         print_table(compare([result], f"{best.baseline}@cpu"))
         echo(f"\nbest on held-out rows: {summary(best)}")

@@ -7,13 +7,13 @@ This module is the one definition of the names. A session file and ``bundle.json
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from toolchain.system.decoding import Check, strict
 
 MAX_THREADS, MAX_BATCH_SIZE = 1024, 4096
 SHORTEST = 16  # smallest length to which fixed padding pads a text, in tokens
-LONGEST, FIXED = "longest", "fixed"  # how an app pads a batch; see `AppSettings.padding`
+FIXED: Final = "fixed"  # a value of `AppSettings.padding`
 
 
 def _check_threads(count: int) -> int:

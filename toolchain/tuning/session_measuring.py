@@ -23,6 +23,7 @@ from toolchain.results.session_settings import FIXED, AppSettings, SessionSettin
 BATCH_SIZE = 32  # default size of a batch, as in `bench`
 MOST_SINGLES, MOST_BATCHED = 64, 256  # largest number of sentences in a turn at batch 1, and in a turn in batches
 FEWEST_SINGLES = 4
+MOST_WEIGHED = 128  # largest number of sentences that a process runs before it is weighed
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Meter:
         self._make_worker = make_worker
         self._token_counts = [len(ids) for ids in encoder.encode(data.texts)]
         self._lengths = [n for n in LENGTHS if n <= encoder.max_length]
+        self._sentence_s = 0.0  # seconds for a sentence at batch 1 with the slowest settings; 0 if unknown
 
     def measure(
         self, needs: Needs, sentences: Sequence[int], rounds: int, turn_s: float, rng: random.Random
@@ -95,8 +97,8 @@ class Meter:
             for settings in shuffle(MEMORY):
                 self._attempt(figures, settings, self._weigh, workers, figures[settings], sentences)
             for turn in range(rounds):
-                singles, batched = self._choose(sentences, turn, turn_s, self._slowest_s(figures))
-                for objective, chosen in ((LATENCY, singles), (THROUGHPUT, batched)):
+                for objective in (LATENCY, THROUGHPUT):
+                    chosen = self._choose(objective, sentences, turn, turn_s)
                     for settings in shuffle(objective):
                         arguments = (workers, figures[settings], objective, chosen, turn_s)
                         self._attempt(figures, settings, self._time, *arguments)
@@ -129,28 +131,15 @@ class Meter:
         worker.load(LOAD_TIMEOUT_S)
         worker.ask({"do": "data", "texts": self._data.texts, "lengths": self._lengths}, LOAD_TIMEOUT_S)
 
-    def _choose(
-        self, sentences: Sequence[int], turn: int, turn_s: float, slowest_s: float
-    ) -> tuple[list[int], list[int]]:
-        """Returns the sentences of a round at batch 1 and in batches; every round has other ones if there are enough.
+    def _choose(self, objective: str, sentences: Sequence[int], turn: int, turn_s: float) -> list[int]:
+        """Returns the sentences of a turn; each round has other ones, if there are enough.
 
-        If the sentences of a turn took much longer than `turn_s`, the turn has fewer sentences.
+        A turn has few sentences if the model is slow, and in the first turn, when its speed is unknown.
         """
-        affordable = int(turn_s / slowest_s) if slowest_s else MOST_BATCHED
-        counts = (
-            min(MOST_SINGLES, max(FEWEST_SINGLES, affordable)),
-            min(MOST_BATCHED, max(BATCH_SIZE, affordable)),
-        )
-        singles, batched = (
-            [sentences[(turn * count + place) % len(sentences)] for place in range(min(count, len(sentences)))]
-            for count in counts
-        )
-        return singles, batched
-
-    @staticmethod
-    def _slowest_s(figures: Mapping[AppSettings, Figures]) -> float:
-        """Returns the seconds for a sentence at batch 1 of the slowest settings; 0 before the first round."""
-        return max((each.values[LATENCY][0] / 1e6 for each in figures.values() if each.values[LATENCY]), default=0.0)
+        affordable = int(turn_s / self._sentence_s) if self._sentence_s else 0
+        fewest, most = (FEWEST_SINGLES, MOST_SINGLES) if objective == LATENCY else (BATCH_SIZE, MOST_BATCHED)
+        count = min(most, max(fewest, affordable))
+        return [sentences[(turn * count + place) % len(sentences)] for place in range(min(count, len(sentences)))]
 
     def _time(
         self,
@@ -181,7 +170,7 @@ class Meter:
         sentences: Sequence[int],
     ) -> None:
         """Runs batches of varied sizes and lengths, and adds the memory of the process to the figures."""
-        batches = self.batches(settings, sentences[:MOST_BATCHED])
+        batches = self.batches(settings, sentences[:MOST_WEIGHED])
         batches += [[len(self._data.texts) + place] for place in range(len(self._lengths))]
         # Every process has the same order, so that equal settings keep equal memory.
         random.Random(0).shuffle(batches)

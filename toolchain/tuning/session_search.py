@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import toolchain
+from toolchain.artifacts import variants
 from toolchain.artifacts.store import Artifact
 from toolchain.bench import run
 from toolchain.build.pipeline import ensure
@@ -131,8 +132,8 @@ def tune_session(workspace: Workspace, request: run.Request, plan: Plan, say: Sa
         DataError: The data cannot be used, or has too few sentences.
     """
     (name,) = request.names
-    ((_, _),) = run.planned_pairs([name], ["cpu"])
-    if not name.startswith("onnx"):
+    run.planned_pairs([name], ["cpu"])  # raises the error for a variant that does not run on the CPU
+    if variants.get(name).runtime != "onnx":
         raise BenchError(f"{name} does not run on ONNX Runtime.", "Name an ONNX variant such as onnx-int8.")
     root, data = run.evaluation_data(workspace, request, say)
     if len(data.texts) < FEWEST_SENTENCES:
