@@ -176,6 +176,7 @@ def test_every_text_is_in_one_batch(lengths, size):
         assert len(batch) <= size
 
 
+@pytest.mark.slow
 def test_a_text_runner_and_a_second_variant(ship):
     pytest.importorskip("onnxruntime_extensions")
     runner = importlib.import_module("toolchain.ship.bundle_files.classify_text")
