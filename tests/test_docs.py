@@ -48,6 +48,10 @@ NOT_RUN = {
     "toolchain ship onnx-int8 --target web": SAME,
     "toolchain ship onnx-int8 --target python": SAME,
     "toolchain ship onnx-std onnx-std-int8 --target other": SAME,
+    "toolchain ship onnx-int8 --target python --output app-tuned --session session.json --session-for throughput": (
+        "needs a session file; tests/ship/test_session_settings.py makes one"
+    ),
+    "toolchain tune --session onnx-int8 --output session.json": MINUTES,
     "toolchain tune --max-drop 1.0 --objective latency --budget 20m": MINUTES,
     "toolchain tune --model ./my-checkpoint --train-data train.csv --data validation.csv": MINUTES,
 }

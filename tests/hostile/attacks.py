@@ -7,6 +7,7 @@ ATTACKS = {
     "result files": ("`compare`: all formats, limits, an older run; the attacker corrects all figures", 200),
     "result files, as a page": ("`compare --format html`", 20),
     "journals": ("`bench --resume`", 200),
+    "session files": ("`ship --session`", 200),
     "manifests": ("`variants` and `predict` on a folder of artifacts; the attacker corrects id and seal", 200),
     "files of an artifact": ("`predict`; the attacker corrects all digests of the manifest", 200),
     "checkpoints": ("the import of `export`: config, tokenizer, weights, training.json", 200),

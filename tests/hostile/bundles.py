@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ from hostile.harness import call
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from toolchain.results.session_settings import AppSettings
 from toolchain.ship import worker
 from toolchain.ship.bundle_files.verify import SCHEMA, canonical_id, pad_rows
 from toolchain.ship.process import BundleProcess
@@ -51,6 +53,7 @@ def write_bundle(folder: Path) -> None:
         "onnxruntime": "1.15",
         "exact_on": "any processor",
         "session_options": {},
+        "app_settings": asdict(AppSettings(2, batch_size=8)),
         "tolerance": {"largest": 1e-3, "median": 1e-4},
         "measured": "not measured",
     }

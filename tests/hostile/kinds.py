@@ -32,6 +32,13 @@ KINDS = (
         alone=True,
     ),
     Kind(
+        "session files",
+        results.write_session,
+        lambda folder: [folder / "session.json"],
+        mutate_json,
+        results.read_session,
+    ),
+    Kind(
         "manifests",
         models.write_artifact,
         lambda folder: [folder / models.ARTIFACT / "manifest.json"],

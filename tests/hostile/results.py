@@ -29,6 +29,9 @@ from toolchain.data.inputs import Data
 from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TOKENS, LabelSet
 from toolchain.results.measurements import QUANTILES_OF, Measurement, Samples
 from toolchain.results.scores import score_answers
+from toolchain.results.session_file import Choice, Screened, SessionData, SessionFile
+from toolchain.results.session_settings import AppSettings
+from toolchain.results.statistics import Ratio
 
 TASKS = {
     MULTI: (("a", "b", "c"), [1, 3, 7, 0, 5, 2], [1, 3, 6, 0, 5, 1]),
@@ -206,3 +209,32 @@ def resume_journals(folder: Path, rng: random.Random) -> None:
     for file in sorted((folder / "output").glob("*.journal")):
         journal = Journal.resume(file, _HEAD)
         compare([_bench(folder, journal)])[0].to_json()
+
+
+def write_session(folder: Path) -> None:
+    """Writes a session file with a default choice, two better choices and an alternative."""
+    default, tried, compared = AppSettings(4), AppSettings(2), Ratio(1.5, 1.4, 1.6)
+    better = Choice.from_comparison(default, tried, compared)
+    batched = Choice.from_comparison(AppSettings(4, batch_size=32), AppSettings(4, batch_size=8), compared)
+    content = SessionFile(
+        "2026-01-01T00:00:00+00:00",
+        "1",
+        {"id": "m", "cpu": "c", "cores": 4, "ram_gib": 8, "isa": ["avx2"], "gpu": []},
+        "m",
+        "onnx-int8",
+        "0" * 64,
+        SessionData("d", "1" * 64, 872),
+        Choice(default, default),
+        batched,
+        better,
+        (Screened("threads", "latency", tried, compared),),
+    )
+    (folder / "session.json").write_text(content.to_text())
+
+
+def read_session(folder: Path, rng: random.Random) -> None:
+    """Reads the session file, describes its choices, and writes it again."""
+    session = SessionFile.read(folder / "session.json")
+    for choice in session.choices.values():
+        choice.settings.summary(choice.default)
+    session.to_text()

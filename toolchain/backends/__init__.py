@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from toolchain.results.session_settings import DEFAULT, SessionSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +54,7 @@ class Place:
             count such operators.
         exact: If true, 8-bit products are exact on every processor. If false, 8-bit products may saturate on x86
             processors without VNNI.
+        settings: Settings of a session of ONNX Runtime; other runtimes ignore them.
     """
 
     provider: str = "cpu"
@@ -59,6 +62,12 @@ class Place:
     device_id: int = 0
     allow_fallback: bool = False
     exact: bool = True
+    settings: SessionSettings = DEFAULT
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Place:
+        """Returns the place with these fields, which `dataclasses.asdict` returned for it in another process."""
+        return cls(**{**fields, "settings": SessionSettings(**fields["settings"])})
 
 
 class Session(Protocol):

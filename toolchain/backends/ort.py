@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import DeviceMemoryError, GraphError, ProviderError
+from toolchain.results.session_settings import DEFAULT, SessionSettings
 from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ _ERRORS_ONLY = 3  # Hides ONNX Runtime's warnings; this module checks the causes
 # session option with which ONNX Runtime converts the weights to unsigned integers, so that 8-bit products are exact.
 # On a processor whose sums cannot saturate, `EXACT_PRODUCTS` only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
+# Session options that say whether idle threads keep their processors busy.
+SPINNING = ("session.intra_op.allow_spinning", "session.inter_op.allow_spinning")
 # Operators that compute shapes and masks. Even in a session on CUDA, ONNX Runtime runs shape operators on the CPU,
 # because they process only a few integers.
 SHAPE_OPERATORS = {
@@ -37,14 +40,16 @@ _MEMORY_SIZE = re.compile(
 )
 
 
-def session_options(threads: int, *, exact: bool = True) -> Any:
+def session_options(threads: int, settings: SessionSettings = DEFAULT, *, exact: bool = True) -> Any:
     """Returns the options of a session.
 
     Args:
         threads: Number of threads within an operator.
+        settings: The other settings of the session.
         exact: True prevents saturation of int8 products; False allows saturation.
     """
     options = _plain_options(threads)
+    _apply(settings, options)
     if exact and saturates():
         options.add_session_config_entry(*EXACT_PRODUCTS)
     return options
@@ -58,6 +63,21 @@ def _plain_options(threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
     return options
+
+
+def _apply(settings: SessionSettings, options: Any) -> None:
+    """Translates settings to options of ONNX Runtime; an option that has its default value remains unset."""
+    import onnxruntime as ort
+
+    options.execution_mode = getattr(ort.ExecutionMode, f"ORT_{settings.execution_mode.upper()}")
+    options.inter_op_num_threads = settings.inter_op_threads
+    level = f"ORT_ENABLE_{settings.graph_optimization.upper()}"
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    options.enable_cpu_mem_arena = settings.memory_arena
+    options.enable_mem_pattern = settings.memory_pattern
+    if not settings.spinning:
+        for key in SPINNING:
+            options.add_session_config_entry(key, "0")
 
 
 @functools.cache
@@ -141,7 +161,7 @@ class OrtSession:
                 "`make install RUNTIME=gpu`, or RUNTIME=cuda12 for an older GPU or driver.",
             )
         self._place = place
-        options = session_options(place.threads, exact=place.exact)
+        options = session_options(place.threads, place.settings, exact=place.exact)
         # With the option `record_ep_graph_assignment_info`, ONNX Runtime records each node's provider while it creates
         # the session. `record_ep_graph_assignment_info` does not slow later calls of the session.
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

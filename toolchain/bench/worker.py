@@ -20,6 +20,7 @@ from toolchain.data import labels
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.labels import TOKENS, Tokens
 from toolchain.results.measurements import PROBABILITY
+from toolchain.results.session_settings import fixed_width
 from toolchain.system.serving import serve
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class _Child:
     """One session and the sentences that it answers; the public methods answer the parent's messages."""
 
     def __init__(self, first: Mapping[str, Any]) -> None:
-        self._place = Place(**first["place"])
+        self._place = Place.from_json(first["place"])
         self._folder = Path(first["folder"])
         self._metering_s = 0.0
         memory: dict[str, Any] = {"bare": self._unique_bytes()}
@@ -105,6 +106,7 @@ class _Child:
         min_s: float = 0.0,
         tokenizing: bool = False,
         resident: bool = False,
+        fixed: bool = False,
     ) -> dict[str, Any]:
         """Runs all batches and measures their times.
 
@@ -116,6 +118,7 @@ class _Child:
                 repetitions.
             tokenizing: Whether to tokenise each batch again in each repetition, and to time the tokenising.
             resident: Whether to time each batch once more with its inputs and logits in the device's memory.
+            fixed: Whether to pad each batch to a fixed length; see `fixed_width`.
 
         Returns:
             ``us`` is the microseconds that the session takes, by repetition and batch. ``tokenizing_us`` is the
@@ -124,7 +127,7 @@ class _Child:
             come from the first repetition, by batch.
         """
         for batch in batches[:warmup]:
-            self._session.run(self._pad_batch(batch))
+            self._session.run(self._pad_batch(batch, fixed))
         result: dict[str, Any] = {"us": [], "tokenizing_us": [], "resident_us": []}
         outputs: list[np.ndarray] = []
         gc.collect()
@@ -137,7 +140,7 @@ class _Child:
                 times, tokenizing_us = [], []
                 for batch in batches:
                     batch_started_ns = time.perf_counter_ns()
-                    arrays = self._encode_batch(batch) if tokenizing else self._pad_batch(batch)
+                    arrays = self._encode_batch(batch) if tokenizing else self._pad_batch(batch, fixed)
                     session_started_ns = time.perf_counter_ns()
                     logits = self._session.run(arrays)
                     times.append(_elapsed_us(session_started_ns))
@@ -234,8 +237,10 @@ class _Child:
         saturating.close()
         return times
 
-    def _pad_batch(self, batch: list[int]) -> dict[str, np.ndarray]:
-        return pad([self._ids[i] for i in batch], self._encoder.names, self._encoder.pad_id)
+    def _pad_batch(self, batch: list[int], fixed: bool = False) -> dict[str, np.ndarray]:
+        rows = [self._ids[i] for i in batch]
+        width = fixed_width(max(map(len, rows)), self._encoder.max_length) if fixed else 0
+        return pad(rows, self._encoder.names, self._encoder.pad_id, width=width)
 
     def _encode_batch(self, batch: list[int]) -> dict[str, np.ndarray]:
         ids = self._encoder.encode([self._texts[i] for i in batch])
@@ -280,6 +285,11 @@ class _Child:
             import psutil
 
             return int(psutil.Process().memory_full_info().uss)
+
+    def memory(self) -> dict[str, Any]:
+        """Returns the unique set size in bytes, after a collection of Python's garbage."""
+        gc.collect()
+        return {"bytes": self._unique_bytes()}
 
     def peak(self) -> dict[str, Any]:
         """Returns the peak host memory in bytes and, on a GPU, the GPU memory after loading and the GPU peak.

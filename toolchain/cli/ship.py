@@ -8,7 +8,8 @@ import click
 
 from toolchain.cli.options import json_option, model_options, open_workspace, results_option
 from toolchain.cli.output import echo, echo_json
-from toolchain.ship.targets import TARGETS
+from toolchain.results.session_file import LATENCY, OBJECTIVES, SessionFile
+from toolchain.ship.targets import TARGETS, TUNABLE
 from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 
 
@@ -46,6 +47,19 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
     help="python, mobile and server only: put the tokenizer into the graph, with operators of onnxruntime-extensions. "
     "A model with the tokenizer takes text and returns probabilities.",
 )
+@click.option(
+    "--session",
+    "session_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="python, web and server only: file of `toolchain tune --session`, whose settings of ONNX Runtime the bundle's "
+    "code uses.",
+)
+@click.option(
+    "--session-for",
+    type=click.Choice(OBJECTIVES),
+    help=f"Settings to take from the file of --session.  [default: {LATENCY}]",
+)
 @click.option("--license", "license_", metavar="TEXT", help="Licence of the bundle.  [default: the model's licence]")
 @click.option(
     "--sign",
@@ -73,6 +87,8 @@ def ship(
     output: Path | None,
     demo: bool,
     with_tokenizer: bool,
+    session_path: Path | None,
+    session_for: str | None,
     license_: str | None,
     key: Path | None,
     certificate: Path | None,
@@ -93,6 +109,7 @@ def ship(
       toolchain ship onnx-int8 onnx-int8-portable --target mobile --ort-mobile 1.20
       toolchain ship onnx-std onnx-std-int8 --target other
       toolchain ship onnx-int8 --target python --sign key.pem
+      toolchain ship onnx-int8 --target python --session session.json --session-for throughput
     """
     from toolchain.cli.progress import bar, say
     from toolchain.results.folder import ResultsFolder
@@ -104,11 +121,25 @@ def ship(
         raise click.UsageError(f"--ort-mobile needs --target mobile, not --target {target}.")
     if certificate and not key:
         raise click.UsageError("--certificate needs --sign.")
+    if session_path and target not in TUNABLE:
+        raise click.UsageError(f"--session needs --target {', '.join(TUNABLE[:-1])} or {TUNABLE[-1]}, not {target}.")
+    if session_for and not session_path:
+        raise click.UsageError("--session-for needs --session.")
+    session = SessionFile.read(session_path) if session_path else None
     signer = Signer.open(key, certificate) if key else None
     workspace = open_workspace(model, exported, folder_name)
     output_folder = output or default_output(workspace, target)
     order = Order(
-        variants, target, license_, demo, with_tokenizer, ort_mobile or DEFAULT, ResultsFolder(folder), signer
+        variants,
+        target,
+        license_,
+        demo,
+        with_tokenizer,
+        ort_mobile or DEFAULT,
+        ResultsFolder(folder),
+        signer,
+        session,
+        session_for or LATENCY,
     )
     bundle = write_bundle(workspace, order, output_folder, say, bar)
     if as_json:

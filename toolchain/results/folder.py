@@ -44,13 +44,22 @@ class ResultsFolder:
         Raises:
             ResultFileError: The file cannot be written.
         """
-        stamp = result.created.replace(":", "").replace("-", "").removesuffix("+0000")
         suffix = f"-{machine_id}" if machine_id else ""
-        path = self.local / f"{model}-{stamp}Z{suffix}.json"
+        path = self.local / f"{model}-{_stamp(result.created)}{suffix}.json"
         try:
             return files.write_to_free(path, result.to_json())
         except OSError as error:
             raise ResultFileError.unwritable(path, error) from error
+
+    def session_path(self, model: str, variant: str, created: str) -> Path:
+        """Returns the path of a new session file; its folder holds no result files.
+
+        Args:
+            model: Name of the model.
+            variant: Name of the variant.
+            created: Date and time of the file, in UTC and ISO 8601 format.
+        """
+        return self.local / "sessions" / f"{model}-{variant}-{_stamp(created)}.json"
 
     def read_newest(self, model: str, say: Say) -> ResultFile:
         """Returns the newest run that measured the model.
@@ -83,6 +92,11 @@ class ResultsFolder:
 
 
 DEFAULT_FOLDER = ResultsFolder()
+
+
+def _stamp(created: str) -> str:
+    """Returns a date and time in UTC and ISO 8601 format as a part of a file name."""
+    return created.replace(":", "").replace("-", "").removesuffix("+0000") + "Z"
 
 
 def require_free(path: Path) -> None:

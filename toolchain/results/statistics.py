@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from toolchain.system.decoding import strict
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -24,6 +26,7 @@ BINS = 10
 _SEED = 20
 
 
+@strict
 @dataclass(frozen=True)
 class Ratio:
     """A ratio of two figures; above 1 is better for a speed-up or gain, and worse for a cost.

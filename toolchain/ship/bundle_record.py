@@ -9,6 +9,7 @@ from typing import Any
 
 from toolchain.data.entities import check_names
 from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TASKS, TOKENS
+from toolchain.results.session_settings import AppSettings
 from toolchain.ship.bundle_files.verify import LOGITS, TEXT
 from toolchain.system.decoding import convert, partial
 
@@ -37,12 +38,17 @@ class TensorRecord:
 @partial
 @dataclass(frozen=True)
 class ModelRecord:
-    """A model of a bundle: its variant, its file, its inputs and its outputs."""
+    """A model of a bundle: its variant, its file, its inputs and its outputs.
+
+    Attributes:
+        app_settings: Settings with which an app runs the model, from a session file; None without them.
+    """
 
     variant: str
     file: str
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
+    app_settings: AppSettings | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.variant):

@@ -27,6 +27,7 @@ from toolchain.data.encoding import Encoder, pad
 from toolchain.data.labels import MULTI, REGRESSION, TOKENS
 from toolchain.errors import ShippingError
 from toolchain.passes.probabilities import add_probabilities
+from toolchain.results.session_settings import AppSettings
 from toolchain.ship.bill_of_materials import MLBOM, bill_of_materials
 from toolchain.ship.bundle_files.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
 from toolchain.ship.process import GOLDEN_ROWS
@@ -110,6 +111,7 @@ class Contents:
         clients: JavaScript files of the demo page by path in the bundle; empty without a demo page.
         with_tokenizer: Whether each graph contains the tokenizer and takes texts.
         release: Release of ONNX Runtime on the phones; None for other targets.
+        app_settings: Settings with which an app runs a model, by artifact id.
     """
 
     target: Target
@@ -120,6 +122,7 @@ class Contents:
     clients: Mapping[str, Path] = field(default_factory=dict)
     with_tokenizer: bool = False
     release: str | None = None
+    app_settings: Mapping[str, AppSettings] = field(default_factory=dict)
 
 
 def write(contents: Contents, folder: Path) -> dict[str, Any]:
@@ -282,6 +285,7 @@ def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path)
     graph = passes.read(folder / path)
     facts = passes.facts(graph)  # the manifest of an older toolchain may lack some facts
     headroom = facts.get("int8_headroom")
+    settings = contents.app_settings.get(manifest.id)
     return {
         "variant": manifest.variant,
         "file": path,
@@ -302,6 +306,7 @@ def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path)
         "onnxruntime": contents.release or _oldest_release(manifest.variant, folder / path),
         "exact_on": ANY_PROCESSOR if headroom is None or headroom >= 1 else NEEDS_OPTION,
         "session_options": options_by_processor(headroom),
+        **({"app_settings": dataclasses.asdict(settings)} if settings else {}),
         "tolerance": TOLERANCES[manifest.variant.parts.scheme],
         "measured": contents.measurements.get(manifest.id, "not measured"),
         **phone_entries,

@@ -30,6 +30,8 @@ from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
 from toolchain.results.scores import Accuracy, EntityScore, Score
+from toolchain.results.session_file import LATENCY, SessionFile
+from toolchain.results.session_settings import AppSettings
 from toolchain.ship import bundles, checking
 from toolchain.ship.bundle_files import verify as bundle_verifier
 from toolchain.ship.bundles import Contents, Provenance
@@ -64,6 +66,8 @@ class Order:
         ort_mobile: Release of ONNX Runtime on the phones, one of `RELEASES`; used by the mobile target only.
         results: Folder of the result files from which the bundle takes its benchmark figures.
         signer: Private key that signs the bundle; None for a bundle without a signature.
+        session: Session file of one of the variants; None for default settings.
+        objective: Objective whose settings the bundle takes from `session`, one of `OBJECTIVES`.
     """
 
     variants: tuple[str, ...]
@@ -74,6 +78,8 @@ class Order:
     ort_mobile: str = DEFAULT
     results: ResultsFolder = DEFAULT_FOLDER
     signer: Signer | None = None
+    session: SessionFile | None = None
+    objective: str = LATENCY
 
 
 def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
@@ -88,7 +94,8 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         output: Folder of the bundle.
 
     Raises:
-        ShippingError: The target cannot run a variant, or the variants have different tokenizers.
+        ShippingError: The target cannot run a variant, the variants have different tokenizers, or the session file
+            belongs to another artifact.
         VerdictError: A variant failed its validation, or a model file's logits differ from the artifact's logits.
         ArtifactError: `output` is a file, a folder without a bundle, or a modified bundle.
         ProviderError: onnxruntime-extensions is not installed.
@@ -131,10 +138,29 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         page_files,
         order.with_tokenizer,
         order.ort_mobile if target is TARGETS["mobile"] else None,
+        _app_settings(order, artifacts),
     )
     with lock(output, lambda: say(f"{output}: another run is writing this bundle, waiting")):
         _check_output(output)
         return _publish(contents, output, say, order.signer)
+
+
+def _app_settings(order: Order, artifacts: Sequence[Artifact]) -> dict[str, AppSettings]:
+    """Returns the settings of the session file, by artifact id; empty without a session file.
+
+    Raises:
+        ShippingError: The session file belongs to none of the artifacts.
+    """
+    if order.session is None:
+        return {}
+    if order.session.artifact_id not in [artifact.manifest.id for artifact in artifacts]:
+        names = " and ".join(order.variants)
+        raise ShippingError(
+            f"The session file belongs to {order.session.variant} with the id {order.session.artifact_id[:12]}, which "
+            f"is not the current artifact of {names}.",
+            f"Measure the current artifact: `toolchain tune --session {order.variants[0]}`.",
+        )
+    return {order.session.artifact_id: order.session.choices[order.objective].settings}
 
 
 def _publish(contents: Contents, output: Path, say: Say, signer: Signer | None) -> dict[str, Any]:

@@ -12,12 +12,8 @@ const product = Buffer.from(
   "base64",
 );
 
-/**
- * Returns the number of threads for a model: the environment variable TOOLCHAIN_THREADS, or the whole CPUs in the quota
- * of this container, or 0, with which ONNX Runtime uses all cores of the machine.
- */
-export async function countThreads(cgroup = "/sys/fs/cgroup") {
-  if (process.env.TOOLCHAIN_THREADS) return Number(process.env.TOOLCHAIN_THREADS);
+/** Returns the number of whole CPUs in the quota of this container, at least 1; 0 without a quota. */
+async function cpuQuota(cgroup) {
   for (const names of [["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]]) {
     const files = await Promise.all(names.map((name) => readFile(`${cgroup}/${name}`, "utf8").catch(() => "")));
     const [quota, period] = files.join(" ").split(/\s+/).map(Number); // "max" means no limit
@@ -26,18 +22,50 @@ export async function countThreads(cgroup = "/sys/fs/cgroup") {
   return 0;
 }
 
+const boundThreads = async (count, cgroup) => Math.min(count, (await cpuQuota(cgroup)) || availableParallelism());
+
 /**
- * Returns session options with which 8-bit products are exact on this processor, and with the number of threads for a
- * container. x86 without VNNI adds two 8-bit products in 16 bits, which saturates; one option makes the products exact.
- * On other processors the option would only make int8 slower.
+ * Returns the number of threads for a model: the environment variable TOOLCHAIN_THREADS, or `best` but at most the CPUs
+ * that this process may use. If `best` is 0: the whole CPUs in the quota of this container, or 0 without a quota, with
+ * which ONNX Runtime uses all cores of the machine.
+ */
+export async function countThreads(cgroup = "/sys/fs/cgroup", best = 0) {
+  if (process.env.TOOLCHAIN_THREADS) return Number(process.env.TOOLCHAIN_THREADS);
+  return best ? boundThreads(best, cgroup) : cpuQuota(cgroup);
+}
+
+/** Returns `app_settings` of a model in the bundle.json beside this file; undefined without such settings or file. */
+async function readSettings(variant) {
+  const text = await readFile(new URL("bundle.json", import.meta.url), "utf8").catch(() => '{"models": []}');
+  return JSON.parse(text).models.find((model) => [undefined, model.variant].includes(variant))?.app_settings;
+}
+
+/**
+ * Returns session options with which 8-bit products are exact on this processor, with the settings of bundle.json, and
+ * with the number of threads for a container. x86 without VNNI adds two 8-bit products in 16 bits, which saturates; one
+ * option makes the products exact. On other processors the option would only make int8 slower.
+ * @param variant the variant of the model in bundle.json; undefined for the first model
  * @returns the `session_options` of `pipeline`, and the second argument of `InferenceSession.create`
  */
-export async function sessionOptions() {
+export async function sessionOptions(variant, cgroup = "/sys/fs/cgroup") {
   const session = await ort.InferenceSession.create(product);
   const activations = new ort.Tensor("uint8", new Uint8Array(4).fill(255), [1, 4]);
   const [output] = Object.values(await session.run({ activations }));
   await session.release();
-  const exact = output.data[0] === 4 * 255 * 127 ? {} : { extra: { session: { x64quantprecision: "1" } } };
-  const threads = await countThreads();
-  return threads ? { ...exact, intraOpNumThreads: threads } : exact;
+  const extra = output.data[0] === 4 * 255 * 127 ? {} : { x64quantprecision: "1" };
+  const settings = await readSettings(variant);
+  const options = {};
+  if (settings) {
+    const chosen = settings.session;
+    options.interOpNumThreads = await boundThreads(chosen.inter_op_threads, cgroup);
+    options.executionMode = chosen.execution_mode;
+    options.graphOptimizationLevel = chosen.graph_optimization;
+    options.enableCpuMemArena = chosen.memory_arena;
+    options.enableMemPattern = chosen.memory_pattern;
+    const spinning = { allow_spinning: chosen.spinning ? "1" : "0" };
+    Object.assign(extra, { intra_op: spinning, inter_op: spinning });
+  }
+  if (Object.keys(extra).length) options.extra = { session: extra };
+  const threads = await countThreads(cgroup, settings?.threads);
+  return threads ? { ...options, intraOpNumThreads: threads } : options;
 }

@@ -12,10 +12,9 @@ const folder = dirname(fileURLToPath(import.meta.url));
 const read = async (name) => JSON.parse(await readFile(`${folder}/${name}`, "utf8"));
 const [bundle, golden] = [await read("bundle.json"), await read("golden.json")];
 env.allowRemoteModels = false;
-const session_options = await sessionOptions();
 const task = bundle.task === "token_classification" ? "token-classification" : "text-classification";
 for (const { variant, dtype } of bundle.models) {
-  const pipe = await pipeline(task, folder, { dtype, session_options });
+  const pipe = await pipeline(task, folder, { dtype, session_options: await sessionOptions(variant) });
   const { passed, largest, tolerance, reason } = await check(pipe, bundle, golden, variant);
   const figure = `largest |Δlogit| ${largest.toPrecision(2)} (limit ${tolerance})`;
   console.log(passed ? `${variant}: golden sentences passed, ${figure}` : `${variant}: FAILED: ${reason}; ${figure}`);

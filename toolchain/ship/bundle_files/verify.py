@@ -183,11 +183,25 @@ def _check_record(body: Mapping[str, Any]) -> list[str]:
         inputs, outputs = ([tensor["name"] for tensor in model[key]] for key in ("inputs", "outputs"))
         is_known = inputs == [TEXT] or set(TOKEN_INPUTS[:2]) <= set(inputs) <= set(TOKEN_INPUTS)
         _require(is_known and LOGITS in outputs, f"{BUNDLE} has a model with unknown inputs or without logits")
+        _check_settings(model.get("app_settings"))
         limits = [model["tolerance"][key] for key in ("largest", "median")]
         _require(all(0 <= limit <= 1e300 for limit in limits), f"{BUNDLE} has an impossible tolerance")
     _parse_release(body["onnxruntime"])
     _saturable_models(body)
     return [file for model in body["models"] for _, file in model_files(model)] + _tokenizer_graphs(body)
+
+
+def _check_settings(settings: Any) -> None:
+    """Checks the settings with which an app runs a model; None is a model without settings."""
+    if settings is None:
+        return
+    session = settings["session"]
+    counts = [settings["threads"], session["inter_op_threads"], settings["batch_size"] or 1]
+    is_usable = all(type(count) is int and 0 < count <= 4096 for count in counts)
+    is_usable &= all(type(session[name]) is bool for name in ("spinning", "memory_arena", "memory_pattern"))
+    is_usable &= session["execution_mode"] in ("sequential", "parallel") and settings["padding"] in ("longest", "fixed")
+    is_usable &= session["graph_optimization"] in ("basic", "extended", "all")
+    _require(is_usable, f"{BUNDLE} has impossible settings for an app")
 
 
 def _tokenizer_graphs(body: Mapping[str, Any]) -> list[str]:
@@ -286,19 +300,13 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
         for name, file in model_files(m)
     ]
     check_runtime(body)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors only
     option_needed = saturates()
-    if option_needed:
-        options.add_session_config_entry(*EXACT_PRODUCTS)
-    if body.get("tokenizer_in_graph"):
-        import onnxruntime_extensions
-
-        options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     for file in _tokenizer_graphs(body):
-        _check_tokenizer(folder / file, options, rows)
+        _check_tokenizer(folder / file, _session_options(body, None, option_needed), rows)
+    settings = {str(model["variant"]): model.get("app_settings") for model in body["models"]}
     for variant, name, file, expected, tolerance, inputs in models:
         _require(len(expected) == len(runs), f"{GOLDEN} does not have the logits of {name}")
+        options = _session_options(body, settings[variant], option_needed)
         try:
             session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # The exception classes of onnxruntime have no common base class but Exception.
@@ -314,6 +322,28 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
             cause = f"{name}: the {kind} difference from the recorded logits is {delta:.3g} (limit {tolerance[kind]:g})"
             _require(delta <= tolerance[kind], cause)
         yield name, largest, tolerance["largest"]
+
+
+def _session_options(body: Mapping[str, Any], settings: Mapping[str, Any] | None, exact: bool) -> Any:
+    """Returns the options of a session with the settings of a model, except its threads, which change no logit."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    if exact:
+        options.add_session_config_entry(*EXACT_PRODUCTS)
+    if body.get("tokenizer_in_graph"):
+        import onnxruntime_extensions
+
+        options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+    if settings:
+        session = settings["session"]
+        options.execution_mode = getattr(ort.ExecutionMode, f"ORT_{session['execution_mode'].upper()}")
+        level = f"ORT_ENABLE_{session['graph_optimization'].upper()}"
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+        options.enable_cpu_mem_arena = session["memory_arena"]
+        options.enable_mem_pattern = session["memory_pattern"]
+    return options
 
 
 def _read_golden(folder: Path, body: Mapping[str, Any]) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:

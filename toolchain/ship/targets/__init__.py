@@ -170,6 +170,8 @@ TARGETS = {
 }
 # Files of a classifier of texts → files that replace them for a token classifier.
 TOKEN_FILES = {"classify.py": "classify_tokens.py"}
+# Targets whose code, or whose configuration of a server, uses the settings of a session file.
+TUNABLE = ("python", "web", "server")
 # The demo page of a web bundle, with its script and style. `clients` provides the demo page's JavaScript libraries.
 DEMO = {
     "index.html": "index.html",
