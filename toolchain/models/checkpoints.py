@@ -58,6 +58,9 @@ _PATTERNS = ("config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, MODEL_CARD, 
 _LICENSE_LINE = re.compile(
     r"""^(license|license_name):[ \t]*(["']?)(\w[\w .+()-]{0,99}?)\2[ \t]*(?:#.*)?$""", re.M | re.A
 )
+# Matches the languages in the front matter of a model card: one code, a list in brackets, or one code on each line.
+_LANGUAGES = re.compile(r"^language:[ \t]*(\[[^\]\n]*\]|[^\s#-][^\n#]*|(?:\n[ \t]*-[ \t][^\n#]*)+)", re.M)
+_LANGUAGE = re.compile(r"(?<![\w-])[a-z]{2,3}(?![\w-])", re.A)
 
 
 def resolve(model: str, exported: Path, folder_name: str | None = None) -> tuple[str, Source]:
@@ -229,11 +232,21 @@ def license_of(folder: Path) -> str | None:
         return REFERENCE_LICENSE
     if not (folder / MODEL_CARD).is_file():
         return None
-    with (folder / MODEL_CARD).open(encoding="utf-8-sig", errors="replace") as file:
-        front_matter = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", file.read(MODEL_CARD_LIMIT), re.S | re.M)
-    values = {key: value for key, _, value in _LICENSE_LINE.findall(front_matter[1] if front_matter else "")}
+    values = {key: value for key, _, value in _LICENSE_LINE.findall(_front_matter(folder))}
     name = values.get("license")
     return values.get("license_name", name) if name == "other" else name
+
+
+def languages_of(folder: Path) -> list[str]:
+    """Returns the ISO 639 codes of the languages in the checkpoint's model card; at most 100, empty if it names none."""
+    match = _LANGUAGES.search(_front_matter(folder)) if (folder / MODEL_CARD).is_file() else None
+    return list(dict.fromkeys(_LANGUAGE.findall(match[1])))[:100] if match else []
+
+
+def _front_matter(folder: Path) -> str:
+    with (folder / MODEL_CARD).open(encoding="utf-8-sig", errors="replace") as file:
+        front_matter = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", file.read(MODEL_CARD_LIMIT), re.S | re.M)
+    return front_matter[1] if front_matter else ""
 
 
 def config_of(folder: Path) -> dict[str, Any]:
