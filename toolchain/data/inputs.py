@@ -90,7 +90,9 @@ def data_from_table(table: LabelledTable, labels: LabelSet) -> Data:
 
 def load_embedded(split: str = VALIDATION_SPLIT) -> Data:
     """Returns a split of the embedded SST-2, ``train`` or ``validation``."""
-    return data_from_table(datasets.read_file(SST2 / f"{split}.tsv.gz", datasets.EMBEDDED, DEFAULT_COLUMNS), SST2_LABELS)
+    return data_from_table(
+        datasets.read_file(SST2 / f"{split}.tsv.gz", datasets.EMBEDDED, DEFAULT_COLUMNS), SST2_LABELS
+    )
 
 
 def load(spec: str | None, labels: LabelSet, columns: Columns = DEFAULT_COLUMNS, split: str | None = None) -> Data:

@@ -238,7 +238,7 @@ def license_of(folder: Path) -> str | None:
 
 
 def languages_of(folder: Path) -> list[str]:
-    """Returns the ISO 639 codes of the languages in the checkpoint's model card; at most 100, empty if it names none."""
+    """Returns the ISO 639 codes of the languages in the checkpoint's model card; at most 100, empty without any."""
     match = _LANGUAGES.search(_front_matter(folder)) if (folder / MODEL_CARD).is_file() else None
     return list(dict.fromkeys(_LANGUAGE.findall(match[1])))[:100] if match else []
 

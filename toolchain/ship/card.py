@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 # Identifiers of the licences that the hub knows (docs/hub/repositories-licenses.md in huggingface/hub-docs).
-HUB_LICENSES = frozenset(
-    """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+_HUB_LICENSES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
     afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
     cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
     cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
     cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
     lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib
-    pddl lgpl-lr deepfloyd-if-license llama2 gemma unknown""".split()
-)
+    pddl lgpl-lr deepfloyd-if-license llama2 gemma unknown
+"""
+HUB_LICENSES = frozenset(_HUB_LICENSES.split())
 _OTHER = "other"
 # Name and id of the data set of the metric `agreement`.
 _VALIDATION_SENTENCES, _VALIDATION_ID = "validation sentences of the toolchain", "toolchain-validation"
@@ -56,10 +57,12 @@ def front_matter(body: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     model = body["model"]
+    license_id, license_name = _license(model["license"])
     results = [_eval_result(body, metric) for each in body["models"] for metric in _metrics(each)]
     data = ModelCardData(
         language=list(model["languages"]) or None,
-        **_license(model["license"]),
+        license=license_id,
+        license_name=license_name,
         library_name="transformers.js" if body["target"] == "web" else "onnx",
         pipeline_tag=_pipeline_tag(body),
         base_model=model["base_model"],
@@ -75,14 +78,14 @@ def _pipeline_tag(body: Mapping[str, Any]) -> str:
     return "token-classification" if body["task"] == TOKENS else "text-classification"
 
 
-def _license(name: str) -> dict[str, str]:
-    """Returns the licence as the hub writes it: its identifier, or `other` with a name; empty if it is not stated."""
+def _license(name: str) -> tuple[str | None, str | None]:
+    """Returns the licence as the hub writes it: its identifier and None, or `other` and a name; None if not stated."""
     if name == NOT_STATED:
-        return {}
+        return None, None
     identifier = re.sub(r"[^a-z0-9.+]+", "-", name.lower()).strip("-")
     if identifier in HUB_LICENSES:
-        return {"license": identifier}
-    return {"license": _OTHER, **({"license_name": identifier} if identifier else {})}
+        return identifier, None
+    return _OTHER, identifier or None
 
 
 def _metrics(model: Mapping[str, Any]) -> Iterator[_Metric]:
