@@ -194,7 +194,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return content
 
     def _cut(self):
-        self.rfile.read(1000)
+        if self.command in ("POST", "PUT"):
+            self.rfile.read(100)
         self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
 
