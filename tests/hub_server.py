@@ -94,8 +94,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not path.startswith("/lfs/") and token != TOKEN:
             return self._refuse(401, message="Invalid credentials in Authorization header")
         parts = path.strip("/").split("/")
-        if path == "/api/whoami-v2":
-            return self._send({"type": "user", "name": USER, "fullname": USER, "orgs": []})
         if path == "/api/validate-yaml":
             faults = card_faults(json.loads(content)["content"])
             return self._send({"errors": [{"message": fault} for fault in faults]}, 400 if faults else 200)

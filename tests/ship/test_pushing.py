@@ -155,7 +155,7 @@ def test_a_repository_with_other_files_stays_as_it_is(hub, bundles, case):
 @pytest.mark.parametrize(
     ("faults", "cause", "hint"),
     [
-        ({"GET /api/whoami": 401}, "refuses the token (HTTP 401)", "hf auth login"),
+        ({"POST /api/repos/create": 401}, "refuses the token (HTTP 401)", "hf auth login"),
         ({"POST /api/repos/create": 403}, f"may not write to {NAME} (HTTP 403)", f"write access to {USER}"),
         ({"POST /api/repos/create": 409}, "may not read it, or somebody just created it (HTTP 409)", "another name"),
         ({f"POST /api/models/{NAME}/preupload": 403}, f"may not write to {NAME} (HTTP 403)", "write access"),
@@ -164,7 +164,7 @@ def test_a_repository_with_other_files_stays_as_it_is(hub, bundles, case):
         ({UPLOAD: 403}, "HTTP 403", "write access"),
         ({UPLOAD: 0}, "unreachable, or the connection broke off", "again"),
         ({COMMIT: 0}, "unreachable, or the connection broke off", "again"),
-        ({"GET /api/whoami": 0}, "unreachable, or the connection broke off", "again"),
+        ({f"GET /api/models/{NAME}": 0}, "unreachable, or the connection broke off", "again"),
         ({f"GET /api/models/{NAME}": 429}, "HTTP 429", "again"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 from toolchain.data.entities import check_names
 from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TASKS, TOKENS
 from toolchain.ship.bundle_files.verify import LOGITS, TEXT
-from toolchain.system.decoding import convert, partial
+from toolchain.system.decoding import Line, convert, partial
 
 # The name of a variant or a target: a message shows it, so it is printable and short.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,199}")
@@ -63,6 +63,14 @@ class ModelRecord:
 
 @partial
 @dataclass(frozen=True)
+class OriginRecord:
+    """The origin of the models: the name of the model."""
+
+    name: Line
+
+
+@partial
+@dataclass(frozen=True)
 class BundleRecord:
     """A bundle that `read_bundle` of verify.py accepted; see the table of its fields in docs/reference/artifacts.md.
 
@@ -77,6 +85,7 @@ class BundleRecord:
     pad_id: int
     models: tuple[ModelRecord, ...]
     files: tuple[FileRecord, ...]
+    model: OriginRecord = OriginRecord("unnamed")
     multi_label: bool = False
     task: str | None = None
 

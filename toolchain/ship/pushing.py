@@ -24,7 +24,6 @@ from toolchain.models.hub import connection_errors
 from toolchain.progress import Say
 from toolchain.ship import checking
 from toolchain.ship.bundle_files.verify import BUNDLE, HUB_FILE, SIGNATURE, BundleError, read_bundle
-from toolchain.system.escaping import escape_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -98,10 +97,10 @@ def push(folder: Path, destination: Repository | Path, say: Say) -> str:
         ArtifactError: The operating system refuses to write the folder.
     """
     with lock(folder, lambda: say(f"{folder}: another run is writing this bundle, waiting")):
-        body, record = checking.read(folder)
+        _, record = checking.read(folder)
         optional = [SIGNATURE] if (folder / SIGNATURE).is_file() else []
         paths = (*(file.path for file in record.files), BUNDLE, *optional)
-        title = escape_line(f"Bundle of {str(body['model']['name'])[:100]} for {record.target}")
+        title = f"Bundle of {record.model.name[:_SHOWN]} for {record.target}"
         files = _Files(folder, paths, title, record.id)
         if isinstance(destination, Path):
             return _copy(files, destination, say)
@@ -145,7 +144,6 @@ def _upload(files: _Files, repository: Repository, say: Say) -> str:
     token = _read_token()
     with _hub_errors(name, token):
         api = HfApi(token=token)
-        api.whoami()
         if (info := _find(api, name)) is None:
             say(f"{name}: creating a {'public' if repository.public else 'private'} repository")
             api.create_repo(name, private=not repository.public)
