@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from toolchain.build.steps.importing import _training_facts
-from toolchain.models.checkpoints import languages_of
+from toolchain.models.model_card import languages_of
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
 from toolchain.ship.card import front_matter

@@ -23,10 +23,9 @@ from toolchain.models.checkpoints import (
     config_of,
     has_tokenizer,
     label_set,
-    languages_of,
-    license_of,
 )
 from toolchain.models.hub import HUB_ID
+from toolchain.models.model_card import languages_of, license_of
 from toolchain.models.tokenizers import load_tokenizer, save_tokenizer
 from toolchain.system.decoding import check_line, decode_object, read_bytes
 from toolchain.system.files import writing_in_rust
