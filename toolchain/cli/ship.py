@@ -34,7 +34,7 @@ def _parse_destination(context: click.Context, parameter: click.Parameter, value
 
 
 @click.command()
-@click.argument("variants", nargs=-1, metavar="VARIANT...")
+@click.argument("variants", nargs=-1, metavar="[VARIANT]...")
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),
@@ -167,7 +167,7 @@ def _existing_bundle(context: click.Context, output: Path | None, destination: P
         UsageError: The command has an option that only a new bundle needs, or lacks --push or --output.
     """
     if output is None or destination is None:
-        raise click.UsageError("Missing argument 'VARIANT...'. Without it, the command needs both --push and --output.")
+        raise click.UsageError("Missing argument 'VARIANT'. Without it, the command needs both --push and --output.")
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name not in _PUSH_OPTIONS and source == ParameterSource.COMMANDLINE:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access."
 _AGAIN = "Run the same command again. A repository gets all files of a bundle in one commit, or none of them."
+_CONNECT = f"Check the network connection. {_AGAIN}"
 _SHOWN = 300  # a message shows at most this many characters of a library's message
 
 
@@ -276,7 +277,9 @@ def _explain(name: str, errors: Sequence[BaseException], token: str) -> HubError
     message = " ".join(str(errors[0]).replace(token, "TOKEN").split())[:_SHOWN]
     if not statuses:
         if any(isinstance(error, connection_errors()) for error in errors):
-            return HubError(f"The hub is unreachable, or the connection broke off during the upload to {name}.", _AGAIN)
+            return HubError(
+                f"The hub is unreachable, or the connection broke off during the upload to {name}.", _CONNECT
+            )
         return HubError(f"The upload to {name} failed: {message}.", _AGAIN)
     status = statuses[0]
     known = {
