@@ -28,6 +28,7 @@ RAY = "needs a Ray cluster; tests/distributed/ starts one"
 SAME = "`make ship` builds a bundle for the same target"
 CHAIN = "needs a certificate; tests/ship/test_signing.py makes one"
 MINUTES = "takes minutes; tests/tuning/ tests the search"
+HUB = "needs the model hub; tests/ship/test_pushing.py uses a stand-in"
 # Maps a command on a page to the reason why no test in this file runs it.
 NOT_RUN = {
     "make install RUNTIME=gpu": GPU,
@@ -45,6 +46,9 @@ NOT_RUN = {
     "toolchain quantize --sensitivity": "tests/quantization/ tests it",
     "toolchain ship onnx-int8 --target python --output app-model --sign author.pem --certificate author.crt": CHAIN,
     "toolchain verify app-model --root-certificate root.crt": CHAIN,
+    "toolchain ship --output app-model --push USER/NAME": HUB,
+    "hf download USER/NAME --local-dir app-model-download": HUB,
+    "toolchain verify app-model-download": HUB,
     "toolchain ship onnx-int8 --target web": SAME,
     "toolchain ship onnx-int8 --target python": SAME,
     "toolchain ship onnx-std onnx-std-int8 --target other": SAME,

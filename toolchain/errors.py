@@ -4,7 +4,7 @@
     * `SettingsError`: exit code 2; the settings of a step exclude each other, or a setting is invalid.
     * `UnknownVariantError`: the model has no variant with the requested name.
     * `CheckpointError`: the checkpoint is unreadable, or is not a classifier.
-        * `HubError`: the model hub is unreachable, or refuses the model.
+        * `HubError`: the model hub is unreachable, or refuses a request.
     * `DataError`: the sentences or labels are unusable.
     * `ArtifactError`: a folder under exported/ cannot be read, written or replaced.
         * `TamperedError`: the files of an artifact do not match its manifest.
@@ -66,7 +66,7 @@ class CheckpointError(ToolchainError):
 
 
 class HubError(CheckpointError):
-    """The model hub is unreachable, or refuses the model."""
+    """The model hub is unreachable, or refuses a request."""
 
 
 class DataError(ToolchainError):

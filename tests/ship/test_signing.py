@@ -131,7 +131,8 @@ def test_a_signature_contains_no_path_of_this_machine(signed, built_tiny, keys):
     text = bundled.base64.b64decode(envelope["payload"]).decode()
     for folder in (signed.parent, built_tiny.exported, keys):
         assert str(folder) not in text
-    assert json.loads(text)["predicate"]["serialization"]["ignore_paths"] == ["model.sig"]
+    ignored = json.loads(text)["predicate"]["serialization"]["ignore_paths"]
+    assert sorted(ignored) == [".cache/huggingface", ".gitattributes", "model.sig"]
     assert json.loads(text)["subject"][0]["name"] == f"{built_tiny.model}-python"
 
 
@@ -195,6 +196,31 @@ def test_verify_with_a_key_refuses_every_changed_signature(bundle, keys):
     for change in change_signature(bundle):
         with pytest.raises(VerdictError, match="the signature is not valid"):
             pytest.fail(f"accepted: {change}, {shipping.verify(bundle, verifier=verifier)}")
+
+
+def test_a_signature_stays_valid_beside_the_files_of_the_model_hub(bundle, keys):
+    (bundle / ".gitattributes").write_text("*.onnx filter=lfs\n")
+    (bundle / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (bundle / ".cache" / "huggingface" / "download" / "README.md.metadata").write_text("1")
+    verifier = Verifier.from_key(keys / "author.pub")
+    assert shipping.verify(bundle, verifier=verifier)["signature"] == "valid"
+    (bundle / ".cache" / "huggingface" / "link").symlink_to(bundle / "README.md")
+    with pytest.raises(VerdictError, match=r"\.cache/huggingface/link is not listed"):
+        shipping.verify(bundle, verifier=verifier)
+
+
+def test_a_signature_of_an_older_toolchain_stays_valid(bundle, keys):
+    """An older toolchain signed with the signature as the only ignored path."""
+    from model_signing import hashing, signing
+
+    (bundle / "model.sig").unlink()
+    config = hashing.Config().set_ignored_paths(paths=[bundle / "model.sig"], ignore_git_paths=False)
+    signing.Config().use_elliptic_key_signer(private_key=keys / "author.pem").set_hashing_config(config).sign(
+        bundle, bundle / "model.sig"
+    )
+    Verifier.from_key(keys / "author.pub").check(bundle)
+    (bundle / ".gitattributes").write_text("*.onnx filter=lfs\n")
+    Verifier.from_key(keys / "author.pub").check(bundle)
 
 
 def test_a_signature_that_omits_a_file_is_refused(bundle, keys):

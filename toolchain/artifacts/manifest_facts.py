@@ -57,6 +57,8 @@ class ArtifactFacts(TypedDict):
     task: NotRequired[Task]
     multi_label: NotRequired[bool]
     license: NotRequired[Line]
+    languages: NotRequired[list[Line]]
+    base_model: NotRequired[Line]
     trained_on: NotRequired[Line]
 
 

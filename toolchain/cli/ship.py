@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from toolchain.cli.options import json_option, model_options, open_workspace, results_option
 from toolchain.cli.output import echo, echo_json
@@ -12,13 +14,31 @@ from toolchain.results.session_file import LATENCY, OBJECTIVES, SessionFile
 from toolchain.ship.targets import TARGETS, TUNABLE
 from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 
+if TYPE_CHECKING:
+    from toolchain.progress import Say
+
+# Options beside which `ship` needs no VARIANT, because it publishes an existing bundle.
+_PUSH_OPTIONS = {"variants", "output", "destination", "public", "as_json", "debug"}
+
+
+def _parse_destination(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | str | None:
+    """Returns a folder as a path, and the id of a repository as text."""
+    if value is None or value.startswith((".", "/")):
+        return Path(value) if value else None
+    from toolchain.ship.pushing import check_name
+
+    try:
+        check_name(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}. A folder begins with . or /, as in ./{value}.") from error
+    return value
+
 
 @click.command()
-@click.argument("variants", nargs=-1, required=True, metavar="VARIANT...")
+@click.argument("variants", nargs=-1, metavar="[VARIANT]...")
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),
-    required=True,
     help="Kind of app. web: for browser and Node, with transformers.js. python: with onnxruntime and tokenizers. "
     "mobile: for Android and iOS, with ONNX Runtime. server: for Triton and KServe. other: for any ONNX runtime.",
 )
@@ -74,10 +94,21 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
     metavar="FILE",
     help="PEM file with the certificate of KEY, followed by the intermediate certificates.",
 )
+@click.option(
+    "--push",
+    "destination",
+    metavar="USER/NAME",
+    callback=_parse_destination,
+    help="Upload the bundle to this repository of the model hub. A value that begins with . or / is a folder, which "
+    "gets the same files. Without VARIANT, the command pushes the existing bundle in the folder --output.",
+)
+@click.option("--public", is_flag=True, help="--push only: create a public repository.  [default: private]")
 @json_option
 @results_option
 @model_options
+@click.pass_context
 def ship(
+    context: click.Context,
     model: str,
     exported: Path,
     folder_name: str | None,
@@ -92,6 +123,8 @@ def ship(
     license_: str | None,
     key: Path | None,
     certificate: Path | None,
+    destination: Path | str | None,
+    public: bool,
     folder: Path,
     as_json: bool,
 ) -> None:
@@ -99,8 +132,8 @@ def ship(
 
     A bundle has models, tokenizer, labels, checksums, golden sentences, the processors on which each model is exact,
     benchmark figures, and a README with working code. The command builds missing and stale variants first. It replaces
-    an existing bundle in the output folder if nobody modified that bundle. It prints the output folder and the id of
-    the bundle.
+    an existing bundle in the output folder if nobody modified that bundle. It prints the output folder, the id of the
+    bundle and, with --push, the URL of the commit.
 
     \b
     Examples:
@@ -110,13 +143,26 @@ def ship(
       toolchain ship onnx-std onnx-std-int8 --target other
       toolchain ship onnx-int8 --target python --sign key.pem
       toolchain ship onnx-int8 --target python --session session.json --session-for throughput
+      toolchain ship onnx-int8 --target web --push user/name
+      toolchain ship --output app/model --push user/name
     """
     from toolchain.cli.progress import bar, say
     from toolchain.results.folder import ResultsFolder
+    from toolchain.ship import checking
     from toolchain.ship.shipping import Order, default_output
     from toolchain.ship.shipping import ship as write_bundle
     from toolchain.ship.signing import Signer
 
+    if public and not isinstance(destination, str):
+        raise click.UsageError("--public needs --push USER/NAME.")
+    if not variants:
+        existing = _existing_bundle(context, output, destination)
+        checking.check_bundle(existing)
+        place = _push(existing, destination, public, say)
+        _print_bundle(checking.read(existing)[0], existing, place, as_json)
+        return
+    if not target:
+        raise click.UsageError("Missing option '--target'.")
     if ort_mobile and target != "mobile":
         raise click.UsageError(f"--ort-mobile needs --target mobile, not --target {target}.")
     if certificate and not key:
@@ -142,8 +188,38 @@ def ship(
         session_for or LATENCY,
     )
     bundle = write_bundle(workspace, order, output_folder, say, bar)
+    _print_bundle(bundle, output_folder, _push(output_folder, destination, public, say), as_json)
+
+
+def _existing_bundle(context: click.Context, output: Path | None, destination: Path | str | None) -> Path:
+    """Returns the folder of the bundle for a command without VARIANT.
+
+    Raises:
+        UsageError: The command has an option that only a new bundle needs, or lacks --push or --output.
+    """
+    if output is None or destination is None:
+        raise click.UsageError("Missing argument 'VARIANT'. Without it, the command needs both --push and --output.")
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in _PUSH_OPTIONS and source == ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} needs a VARIANT, because it changes how a bundle is written.")
+    return output
+
+
+def _push(folder: Path, destination: Path | str | None, public: bool, say: Say) -> str | None:
+    """Publishes the bundle if there is a destination; returns its URL or folder."""
+    from toolchain.ship.pushing import Repository, push
+
+    if destination is None:
+        return None
+    return push(folder, Repository(destination, public) if isinstance(destination, str) else destination, say)
+
+
+def _print_bundle(bundle: dict[str, Any], folder: Path, place: str | None, as_json: bool) -> None:
     if as_json:
         echo_json(bundle)
-    else:
-        echo(output_folder)
-        echo(f"id {bundle['id']}")
+        return
+    echo(folder)
+    echo(f"id {bundle['id']}")
+    if place:
+        echo(f"pushed to {place}")

@@ -22,6 +22,7 @@ from toolchain.errors import DataError, first_line
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _GLUE = "glue/"
+EMBEDDED = "sst2"  # name of the embedded data
 _NUMERIC = (int, float)
 
 
@@ -137,15 +138,29 @@ def read_hub(spec: str, columns: Columns, split: str) -> LabelledTable:
     return _collect_rows(spec, Table(source), names, rows, classes)
 
 
+def hub_dataset(name: str) -> tuple[str, str | None] | None:
+    """Returns the hub id and the config of the data set with this name; None if the name is that of a file.
+
+    Args:
+        name: Name of data: of a file, of a hub data set, or ``sst2`` for the embedded SST-2.
+    """
+    if name == EMBEDDED:
+        name = _GLUE + EMBEDDED
+    if kind_of(name) in FORMATS or not _HUB.fullmatch(name):
+        return None
+    path, _, config = name.partition(":")
+    if path.startswith(_GLUE):
+        path, config = "nyu-mll/glue", path.removeprefix(_GLUE)
+    return path, config or None
+
+
 def _download(spec: str, split: str) -> Any:
     import datasets
 
-    path, _, config = spec.partition(":")
-    if path.startswith(_GLUE):
-        path, config = "nyu-mll/glue", path.removeprefix(_GLUE)
+    path, config = hub_dataset(spec) or (spec, None)
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(path, config or None, split=split)
+        return datasets.load_dataset(path, config, split=split)
     except Exception as error:  # the library `datasets` raises errors of many classes
         cause = first_line(error)
         raise DataError(

@@ -90,7 +90,9 @@ def data_from_table(table: LabelledTable, labels: LabelSet) -> Data:
 
 def load_embedded(split: str = VALIDATION_SPLIT) -> Data:
     """Returns a split of the embedded SST-2, ``train`` or ``validation``."""
-    return data_from_table(datasets.read_file(SST2 / f"{split}.tsv.gz", "sst2", DEFAULT_COLUMNS), SST2_LABELS)
+    return data_from_table(
+        datasets.read_file(SST2 / f"{split}.tsv.gz", datasets.EMBEDDED, DEFAULT_COLUMNS), SST2_LABELS
+    )
 
 
 def load(spec: str | None, labels: LabelSet, columns: Columns = DEFAULT_COLUMNS, split: str | None = None) -> Data:
@@ -174,7 +176,7 @@ class TrainingSource:
         The sha256 covers the bytes of the file, or the texts and labels of a hub data set.
         """
         path = SST2 / "train.tsv.gz" if self.file is None else datasets.find_file(self.file)
-        name = "sst2" if self.file is None else self.file if path is None else path.name
+        name = datasets.EMBEDDED if self.file is None else self.file if path is None else path.name
         if path is None:
             content_digest = self.read().sha256
         else:
@@ -191,7 +193,7 @@ class TrainingSource:
         """
         if self.file is None:
             split = _embedded_split(self.split or TRAIN_SPLIT)
-            return datasets.read_file(SST2 / f"{split}.tsv.gz", "sst2", DEFAULT_COLUMNS, SST2_LABELS.names)
+            return datasets.read_file(SST2 / f"{split}.tsv.gz", datasets.EMBEDDED, DEFAULT_COLUMNS, SST2_LABELS.names)
         return self._table
 
     @functools.cached_property

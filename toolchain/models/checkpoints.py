@@ -48,16 +48,9 @@ SHAPES = "layer_shapes.json"
 PRECISION = "precision.json"
 # File in the folder of a model that the toolchain trained, with the training data and settings.
 CARD = "training.json"
-# File name of the hub's model card, whose front matter may name the licence. The toolchain reads at most
-# `MODEL_CARD_LIMIT` characters of a model card.
-MODEL_CARD, MODEL_CARD_LIMIT = "README.md", 1 << 20
+MODEL_CARD = "README.md"  # File name of the hub's model card; see `model_card`.
 REFERENCE_LICENSE, NOT_STATED = "Apache-2.0", "not stated"
 _PATTERNS = ("config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, MODEL_CARD, *TOKENIZER_FILES)
-# Matches a licence line in the front matter of a model card. A YAML parser would be unsafe for the front matter of a
-# model card, because YAML aliases can expand without limit.
-_LICENSE_LINE = re.compile(
-    r"""^(license|license_name):[ \t]*(["']?)(\w[\w .+()-]{0,99}?)\2[ \t]*(?:#.*)?$""", re.M | re.A
-)
 
 
 def resolve(model: str, exported: Path, folder_name: str | None = None) -> tuple[str, Source]:
@@ -221,19 +214,6 @@ def _digest(folder: Path) -> str:
     names = ("config.json", SHAPES, WEIGHTS_INDEX, *weights, *TOKENIZER_FILES)
     parts = [f"{name} {store.sha256(folder / name)}" for name in sorted(names) if (folder / name).is_file()]
     return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def license_of(folder: Path) -> str | None:
-    """Returns the licence in the checkpoint's model card; None unless the model card states exactly one licence."""
-    if folder == REFERENCE:
-        return REFERENCE_LICENSE
-    if not (folder / MODEL_CARD).is_file():
-        return None
-    with (folder / MODEL_CARD).open(encoding="utf-8-sig", errors="replace") as file:
-        front_matter = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", file.read(MODEL_CARD_LIMIT), re.S | re.M)
-    values = {key: value for key, _, value in _LICENSE_LINE.findall(front_matter[1] if front_matter else "")}
-    name = values.get("license")
-    return values.get("license_name", name) if name == "other" else name
 
 
 def config_of(folder: Path) -> dict[str, Any]:

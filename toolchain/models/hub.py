@@ -63,7 +63,7 @@ def _query_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]
         return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
     except HfHubHTTPError:
         raise
-    except _connection_errors():
+    except connection_errors():
         # The download cache must hold config.json, but may lack other files of the model. Without `allow_patterns`,
         # current releases of huggingface_hub raise an error if the download cache lacks any file of the model.
         folder = Path(
@@ -74,7 +74,7 @@ def _query_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]
         return folder.name, frozenset(path.name for path in folder.iterdir())
 
 
-def _connection_errors() -> tuple[type[Exception], ...]:
+def connection_errors() -> tuple[type[Exception], ...]:
     """Returns the classes of the errors that an unreachable hub raises.
 
     Depending on its release, huggingface_hub uses the HTTP library requests, httpx or httpx2. `HfHubHTTPError` inherits
@@ -91,7 +91,7 @@ def _call_hub(ref: str, revision: str | None, request: Callable[[], T]) -> T:
 
     hint = f"Check the hub id {ref}, or download the model elsewhere and pass its folder: --model PATH."
     log_in = "Log in with `hf auth login`, or set HF_TOKEN to a token with access."
-    failures: tuple[type[Exception], ...] = (*_connection_errors(), hub.HFValidationError, UnicodeError)
+    failures: tuple[type[Exception], ...] = (*connection_errors(), hub.HFValidationError, UnicodeError)
     try:
         return request()
     except hub.GatedRepoError as error:

@@ -11,7 +11,7 @@ from toolchain.data.entities import check_names
 from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TASKS, TOKENS
 from toolchain.results.session_settings import AppSettings
 from toolchain.ship.bundle_files.verify import LOGITS, TEXT
-from toolchain.system.decoding import convert, partial
+from toolchain.system.decoding import Line, convert, partial
 
 # The name of a variant or a target: a message shows it, so it is printable and short.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,199}")
@@ -69,6 +69,14 @@ class ModelRecord:
 
 @partial
 @dataclass(frozen=True)
+class OriginRecord:
+    """The origin of the models: the name of the model."""
+
+    name: Line
+
+
+@partial
+@dataclass(frozen=True)
 class BundleRecord:
     """A bundle that `read_bundle` of verify.py accepted; see the table of its fields in docs/reference/artifacts.md.
 
@@ -83,6 +91,7 @@ class BundleRecord:
     pad_id: int
     models: tuple[ModelRecord, ...]
     files: tuple[FileRecord, ...]
+    model: OriginRecord = OriginRecord("unnamed")
     multi_label: bool = False
     task: str | None = None
 

@@ -30,6 +30,7 @@ from toolchain.passes.probabilities import add_probabilities
 from toolchain.results.session_settings import AppSettings
 from toolchain.ship.bill_of_materials import MLBOM, bill_of_materials
 from toolchain.ship.bundle_files.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
+from toolchain.ship.card import CARD, front_matter
 from toolchain.ship.process import GOLDEN_ROWS
 from toolchain.ship.targets import (
     BUNDLE_FILES,
@@ -89,6 +90,9 @@ class Provenance:
         license: Licence of the model.
         origin: Description of the model's origin, for readers.
         data: Description of the fine-tuning data, for readers.
+        base_model: Hub id of the model from which this one was made; None if it is unknown.
+        datasets: Hub ids of the fine-tuning data; empty if they are unknown.
+        languages: ISO 639 codes of the languages of the texts; empty if they are unknown.
     """
 
     name: str
@@ -96,6 +100,9 @@ class Provenance:
     license: str
     origin: str
     data: str
+    base_model: str | None = None
+    datasets: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -309,8 +316,19 @@ def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path)
         **({"app_settings": dataclasses.asdict(settings)} if settings else {}),
         "tolerance": TOLERANCES[manifest.variant.parts.scheme],
         "measured": contents.measurements.get(manifest.id, "not measured"),
+        "validation": _validation_entry(manifest.validation),
         **phone_entries,
     }
+
+
+def _validation_entry(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the figures of a validation: the number of compared sentences or words, and of flips among them.
+
+    Regression has no flips, so its entry holds None and the largest ``shift`` of a score in standard deviations.
+    """
+    unit = "words" if "words" in report else "sentences"
+    figures = {"unit": unit, "count": report[unit], "flips": report.get("flips")}
+    return {**figures, "shift": report["shift"]} if "shift" in report else figures
 
 
 def _oldest_release(variant: str, file: Path) -> str:
@@ -363,6 +381,8 @@ def _write_companions(contents: Contents, folder: Path, body: Mapping[str, Any],
                 continue
             values = {"bundle": body, "golden": golden, "demo": bool(contents.clients), "model": model}
             text = environment.get_template(template).render(values, name=name, served_name=served_name, text=TEXT_SPEC)
+            if pattern == CARD:
+                text = front_matter(body) + text
             path.write_text(text, encoding="utf-8")
     for target, file in contents.clients.items():
         shutil.copyfile(file, folder / target)

@@ -21,10 +21,11 @@ from toolchain.build.steps.validate import SENTENCES as VALIDATION_SENTENCES
 from toolchain.build.steps.validate import TEXTS, TOLERANCE, validate, validation_summary
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
+from toolchain.data.datasets import hub_dataset
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.labels import TOKENS
 from toolchain.errors import ArtifactError, ShippingError, VerdictError
-from toolchain.models.checkpoints import NOT_STATED, REFERENCE_LICENSE
+from toolchain.models.checkpoints import NOT_STATED, REFERENCE_LICENSE, ROOT_VARIANT
 from toolchain.progress import Bar, Say
 from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
 from toolchain.results.measurements import Measurement
@@ -50,6 +51,9 @@ REFERENCE_PROVENANCE = Provenance(
     origin="DistilBERT, fine-tuned by the toolchain's authors from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)",
     data="SST-2 (GLUE); the Stanford Sentiment Treebank is published for research, with citation "
     "(Socher et al., EMNLP 2013)",
+    base_model="sentence-transformers/all-MiniLM-L6-v2",
+    datasets=("nyu-mll/glue",),
+    languages=("en",),
 )
 
 
@@ -291,7 +295,10 @@ def _check_artifact(artifact: Artifact, target: Target) -> None:
 
 
 def _provenance(workspace: Workspace, manifest: Manifest, license_: str | None) -> Provenance:
-    """Returns the provenance of the model; shortens the path of a local folder to the folder's name."""
+    """Returns the provenance of the model; shortens the path of a local folder to the folder's name.
+
+    The provenance names data of the hub, but no file, because a file's name may be private.
+    """
     source = {key: str(value) for key, value in manifest.source.items()}
     if source["kind"] == "embedded":
         return dataclasses.replace(
@@ -300,7 +307,20 @@ def _provenance(workspace: Workspace, manifest: Manifest, license_: str | None) 
     source = {key: Path(value).name if Path(value).is_absolute() else value for key, value in source.items()}
     kind = "a local folder" if source["kind"] == "folder" else "the model hub"
     license_ = license_ or onnx_metadata.license_of(manifest)
-    return Provenance(workspace.model, source, license_, f"{source['ref']}, from {kind}", NOT_STATED)
+    root = workspace.load(ROOT_VARIANT)
+    facts = root.manifest.facts if root else {}
+    data = inputs.data_name(facts.get("trained_on", ""))
+    dataset = hub_dataset(data)
+    return Provenance(
+        workspace.model,
+        source,
+        license_,
+        f"{source['ref']}, from {kind}",
+        data if dataset else NOT_STATED,
+        source["ref"] if source["kind"] == "hub" else facts.get("base_model"),
+        (dataset[0],) if dataset else (),
+        tuple(facts.get("languages", ())),
+    )
 
 
 def _measurement_entry(run: ResultFile, row: Measurement) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ProviderError, ShippingError, ToolchainError, VerdictError, first_line
-from toolchain.ship.bundle_files.verify import MAX_RECORD_BYTES, SIGNATURE
+from toolchain.ship.bundle_files.verify import HUB_FILE, HUB_FOLDER, MAX_RECORD_BYTES, SIGNATURE, is_unlisted
 from toolchain.system.decoding import decode_object
 from toolchain.system.extras import install_hint
 from toolchain.system.files import temporary_folder
@@ -163,7 +163,7 @@ class Verifier:
             return cls(verifying.Config().use_certificate_verifier(certificate_chain=[certificates]))
 
     def check(self, folder: Path, signature: Path | None = None) -> None:
-        """Checks that the signature of a bundle is valid, and that it covers every file of the bundle.
+        """Checks that the signature of a bundle is valid, and that it covers every file except the unlisted ones.
 
         Args:
             folder: Folder of a bundle that `read_bundle` has checked.
@@ -195,7 +195,7 @@ class Verifier:
                 "Do not use this bundle; get it again from its author, with the author's public key.",
             ) from error
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        if missing := sorted(files - signed - {SIGNATURE}):
+        if missing := sorted(file for file in files - signed if not is_unlisted(file)):
             raise VerdictError(f"{folder}: the signature does not cover {missing[0]}.", "Do not use this bundle.")
 
 
@@ -238,10 +238,11 @@ def _check_certificate(key: Path, certificate: Path) -> None:
 
 
 def _hashing_config(folder: Path) -> hashing.Config:
-    """Returns the settings for the digests: every file except the signature, and no link."""
+    """Returns the settings for the digests: every file except the unlisted files (`is_unlisted`), and no link."""
     from model_signing import hashing
 
-    return hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
+    paths = [folder / SIGNATURE, folder / HUB_FILE, folder / HUB_FOLDER]
+    return hashing.Config().set_ignored_paths(paths=paths, ignore_git_paths=False)
 
 
 def _require_elliptic_curve(public_key: object) -> None:

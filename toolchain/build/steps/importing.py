@@ -23,8 +23,9 @@ from toolchain.models.checkpoints import (
     config_of,
     has_tokenizer,
     label_set,
-    license_of,
 )
+from toolchain.models.hub import HUB_ID
+from toolchain.models.model_card import languages_of, license_of
 from toolchain.models.tokenizers import load_tokenizer, save_tokenizer
 from toolchain.system.decoding import check_line, decode_object, read_bytes
 from toolchain.system.files import writing_in_rust
@@ -86,7 +87,8 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
             **describe(model, model.state_dict()),
             **({} if labels.task == SINGLE else {"task": labels.task}),
             **license_facts(job.checkpoint, job.base),
-            **_training_data_facts(job.checkpoint),
+            **_language_facts(job.checkpoint),
+            **_training_facts(job.checkpoint),
         },
     )
 
@@ -109,18 +111,26 @@ def license_facts(checkpoint: Path, base: Path | None) -> dict[str, str]:
     return {"license": license_name} if license_name else {}
 
 
-def _training_data_facts(checkpoint: Path) -> dict[str, str]:
-    """Returns the training data's digest as the fact ``trained_on``; empty if `finetune` did not make the checkpoint.
+def _language_facts(checkpoint: Path) -> dict[str, list[str]]:
+    languages = languages_of(checkpoint)
+    return {"languages": languages} if languages else {}
 
-    By default, a benchmark on the training data of the model runs only on the held-out rows.
+
+def _training_facts(checkpoint: Path) -> dict[str, str]:
+    """Returns the facts from training.json; empty if `finetune` did not make the checkpoint.
+
+    The fact ``trained_on`` is the training data's digest: by default, a benchmark on the training data of the model
+    runs only on the held-out rows. The fact ``base_model`` is the hub id of the base; it is missing for other bases.
     """
     try:
-        digest = decode_object(read_bytes(checkpoint / CARD))["train"]
-        if isinstance(digest, str):
-            check_line(digest)
-    except (OSError, ValueError, LookupError):  # training.json is missing, or `finetune` did not write it
+        card = decode_object(read_bytes(checkpoint / CARD))
+        facts = {"trained_on": check_line(card["train"])}
+        base = card.get("base")
+        if isinstance(base, dict) and base.get("kind") == "hub" and HUB_ID.fullmatch(base["ref"]):
+            facts["base_model"] = check_line(base["ref"])
+    except (OSError, ValueError, LookupError, TypeError):  # training.json is missing, or `finetune` did not write it
         return {}
-    return {"trained_on": digest} if isinstance(digest, str) else {}
+    return facts
 
 
 def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:

@@ -35,8 +35,10 @@ from typing import Any
 
 SCHEMA = 2
 BUNDLE, GOLDEN = "bundle.json", "golden.json"
-# The signature covers bundle.json, so bundle.json cannot list the signature. It is the only unlisted file.
+# The signature covers bundle.json, so bundle.json cannot list the signature.
 SIGNATURE = "model.sig"
+# The model hub adds this file to a repository, and its library adds this folder to a download. No app reads them.
+HUB_FILE, HUB_FOLDER = ".gitattributes", ".cache/huggingface"
 TEXT, LOGITS = "text", "logits"
 # Names of the inputs of a model that takes token ids. The first two are required.
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -143,7 +145,7 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         for entry in sorted(folder.rglob("*")):
             name = entry.relative_to(folder).as_posix()
             is_known = name in (*entries, BUNDLE) or (entry.is_dir() and not entry.is_symlink())
-            is_known |= name == SIGNATURE and entry.is_file() and not entry.is_symlink()
+            is_known |= is_unlisted(name) and entry.is_file() and not entry.is_symlink()
             _require(is_known, f"{name} is not listed in {BUNDLE}")
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise
@@ -152,6 +154,11 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     except _JSON_ERRORS as error:
         raise InvalidBundleError(f"{BUNDLE} cannot be read: {error!r:.300}") from error
     return body
+
+
+def is_unlisted(path: str) -> bool:
+    """Returns whether a bundle may have the file without listing it: the signature, and the files of the model hub."""
+    return path in (SIGNATURE, HUB_FILE) or path.startswith(HUB_FOLDER + "/")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
