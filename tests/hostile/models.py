@@ -163,7 +163,7 @@ SAVED = (Path("stream", "data-0.arrow"), Path("record", "state.json"))
 
 
 def write_data(folder: Path) -> None:
-    """Writes the same labelled texts as CSV, TSV, JSON lines, compressed CSV, Parquet and two folders of Arrow files."""
+    """Writes the same labelled texts as CSV, TSV, JSON lines, compressed CSV, Parquet and two saved data sets."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -202,10 +202,9 @@ def read_data(folder: Path, rng: random.Random) -> None:
     """Reads each file or folder as texts for `predict`, or as labelled texts for `bench` or `finetune`."""
     refusal = None
     for file in list_data(folder):
+        path = file if file.parent == folder else file.parent
         try:
-            rng.choice((_read_texts, _read_labelled, _read_training))(
-                str(file if file.parent == folder else file.parent)
-            )
+            rng.choice((_read_texts, _read_labelled, _read_training))(str(path))
         except ToolchainError as error:
             refusal = error
     if refusal:
