@@ -47,6 +47,7 @@ NOT_RUN = {
     "toolchain verify app-model --root-certificate root.crt": CHAIN,
     "toolchain ship onnx-int8 --target web": SAME,
     "toolchain ship onnx-int8 --target python": SAME,
+    "toolchain ship onnx-int8 --target mlflow": SAME,
     "toolchain ship onnx-std onnx-std-int8 --target other": SAME,
     "toolchain tune --max-drop 1.0 --objective latency --budget 20m": MINUTES,
     "toolchain tune --model ./my-checkpoint --train-data train.csv --data validation.csv": MINUTES,

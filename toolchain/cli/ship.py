@@ -19,7 +19,8 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
     type=click.Choice(list(TARGETS)),
     required=True,
     help="Kind of app. web: for browser and Node, with transformers.js. python: with onnxruntime and tokenizers. "
-    "mobile: for Android and iOS, with ONNX Runtime. server: for Triton and KServe. other: for any ONNX runtime.",
+    "mobile: for Android and iOS, with ONNX Runtime. server: for Triton and KServe. mlflow: a model of MLflow. other: "
+    "for any ONNX runtime.",
 )
 @click.option(
     "--ort-mobile",

@@ -39,6 +39,7 @@ from toolchain.ship.targets import (
     Target,
     device,
     dtype,
+    mlflow,
     mobile,
     served_name,
 )
@@ -357,7 +358,8 @@ def _write_companions(contents: Contents, folder: Path, body: Mapping[str, Any],
                 shutil.copyfile(BUNDLE_FILES / template, path)
                 continue
             values = {"bundle": body, "golden": golden, "demo": bool(contents.clients), "model": model}
-            text = environment.get_template(template).render(values, name=name, served_name=served_name, text=TEXT_SPEC)
+            values |= {"name": name, "served_name": served_name, "text": TEXT_SPEC}
+            text = environment.get_template(template).render(values, mlflow_columns=mlflow.columns(body))
             path.write_text(text, encoding="utf-8")
     for target, file in contents.clients.items():
         shutil.copyfile(file, folder / target)
