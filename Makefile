@@ -114,7 +114,7 @@ SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # A client's environment has no pip: the one of .venv installs into it, which takes seconds less for each environment.
 NEW = $(PYTHON) -m venv --without-pip $(CLIENTS)
 INTO = $(BIN)/pip --disable-pip-version-check -q --python $(CLIENTS)
-test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, Triton, ARM)
+test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, Triton, MLflow, ARM)
 	$(BIN)/python -c 'import sys, pathlib; from toolchain.ship.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
 		"$(EXPORTED)/.cache"
 	$(NEW)/python
@@ -125,6 +125,8 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(INTO)/texts install -c constraints/cpu.txt onnxruntime onnxruntime-extensions tokenizers numpy
 	$(NEW)/triton
 	$(INTO)/triton install "tritonclient[grpc]==2.73.0" nvidia-pytriton==0.7.0 onnxruntime==1.32.0 onnxruntime-extensions==0.15.2
+	$(NEW)/mlflow
+	$(INTO)/mlflow install -c constraints/cpu.txt mlflow-skinny==3.17.2 pandas onnx onnxruntime tokenizers numpy
 	$(NEW)/phone
 	$(INTO)/phone install onnxruntime==1.17.3 'numpy<2' tokenizers==0.22.2
 	tests/clients/arm_root.sh $(CLIENTS)/arm $(BIN)/pip
@@ -144,7 +146,7 @@ locks: $(VENV)/.installed ## pin the Python packages of bundles with sha256, in 
 	$(BIN)/pip install --disable-pip-version-check -q uv
 	(sed "s/^onnxruntime-extensions==.*/& ; sys_platform != 'win32'/" constraints/cpu.txt; \
 		echo "onnxruntime-extensions==0.15.0 ; sys_platform == 'win32'") > $(VENV)/locks.txt
-	for name in requirements requirements_text; do \
+	for name in requirements requirements_text requirements_mlflow; do \
 		sed 's/{{.*}}/0/' $(FILES)/$$name.txt.j2 | $(BIN)/uv pip compile -q --universal --python-version 3.11 \
 			--generate-hashes --no-annotate --custom-compile-command "make locks" --upgrade --no-emit-index-url \
 			-c $(VENV)/locks.txt -o $(FILES)/$$name.lock - || exit 1; \

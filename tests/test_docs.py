@@ -51,6 +51,7 @@ NOT_RUN = {
     "toolchain verify app-model-download": HUB,
     "toolchain ship onnx-int8 --target web": SAME,
     "toolchain ship onnx-int8 --target python": SAME,
+    "toolchain ship onnx-int8 --target mlflow": SAME,
     "toolchain ship onnx-std onnx-std-int8 --target other": SAME,
     "toolchain ship onnx-int8 --target python --output app-tuned --session session.json --session-for throughput": (
         "needs a session file; tests/ship/test_session_settings.py makes one"

@@ -186,6 +186,13 @@ def test_a_token_classifier_is_not_shipped_with_its_tokenizer_in_the_graph(run, 
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_token_classifier_is_not_shipped_to_mlflow(run, tmp_path):
+    err = run("ship", "onnx-int8", "--target", "mlflow", "--output", tmp_path / "bundle", code=1)
+    assert "A bundle for mlflow cannot have a token classifier" in err
+    assert "Ship for python" in err
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_pruning_and_recovery_of_a_token_classifier(run, finder, data):
     out = run("prune", "--ratio", "0.3", "--recover", "1", "--train-data", data, "--label-column", "tags")
     assert "torch-pruned30-r1" in out

@@ -198,6 +198,24 @@ if hasattr(transformers, "EuroBertConfig"):  # transformers 4.57 does not know E
     ARCHITECTURES["eurobert"] = Architecture(
         "EuroBert", wordpiece, {**NARROW, **EURO_TOKENS}, PLAIN, {"Gelu": 1}, 16, 1
     )
+# Architectures whose variants in ONNX cannot be built
+OTHERS = {
+    "longformer": Architecture(
+        "Longformer",
+        byte_level,
+        {
+            **NARROW,
+            "num_hidden_layers": 1,
+            "max_position_embeddings": 66,
+            "type_vocab_size": 1,
+            "attention_window": [16],
+        },
+        PLAIN,
+        {},
+        0,
+        0,
+    ),
+}
 PRUNABLE = ("distilbert", "bert", "minilm", "roberta", "xlm-roberta", "electra")
 # The pass `padding` gives each padding token the embedding of the sentence's first token. `POSITIONAL` lists the
 # architectures to which the pass `padding` does not apply. DeBERTa and MPNet use relative positions. ModernBERT and
@@ -207,7 +225,7 @@ POSITIONAL = ("deberta-v2", "mobilebert", "mpnet", "modernbert", "eurobert")
 
 def make(folder, kind, **changes):
     """Saves a random classifier whose two logits are so far apart that int8 does not flip its labels."""
-    architecture = ARCHITECTURES[kind]
+    architecture = {**ARCHITECTURES, **OTHERS}[kind]
     labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
     trained_tokenizer = architecture.tokenizer(inputs.load_embedded().texts)
     tokenizer_class = getattr(transformers, f"{architecture.stem}TokenizerFast", None)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.data import parquet, tables
+from toolchain.data import columnar, tables
 from toolchain.data.files import Texts, group_texts
 from toolchain.errors import DataError
 
@@ -81,14 +81,14 @@ def test_a_parquet_file_that_crashes_its_library_is_refused(tmp_path):
 
 
 def test_a_parquet_file_that_takes_too_long_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "ANSWER_S", 0.5)
+    monkeypatch.setattr(columnar, "ANSWER_S", 0.5)
     sleep = "import pyarrow.parquet, time\npyarrow.parquet.ParquetFile = lambda *_, **__: time.sleep(60)"
     with pytest.raises(DataError, match=r"in\.parquet cannot be read\. The process did not answer within"):
         read_damaged(tmp_path, sleep)
 
 
 def test_a_parquet_file_with_a_huge_page_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "MEMORY_BYTES", 1 << 26)
+    monkeypatch.setattr(columnar, "MEMORY_BYTES", 1 << 26)
     file = tmp_path / "in.parquet"
     texts = pyarrow.array(["a" * 2**20] * 200)
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file, use_dictionary=False, data_page_size=1 << 30)

@@ -12,7 +12,7 @@ ATTACKS = {
     "files of an artifact": ("`predict`; the attacker corrects all digests of the manifest", 200),
     "checkpoints": ("the import of `export`: config, tokenizer, weights, training.json", 200),
     "adapters": ("the import of `export`: adapter_config.json", 200),
-    "data files": ("`predict`, `bench`, `finetune`: CSV, TSV, JSON lines, gzip, Parquet", 200),
+    "data files": ("`predict`, `bench`, `finetune`: CSV, TSV, JSON lines, gzip, Parquet, saved datasets", 200),
     "records of a model": ("layer shapes, number formats, latency tables, and the location of a checkpoint", 200),
     "searches": ("`tune`, when it continues", 200),
     "ONNX graphs": ("the passes of `export` and `quantize`", 200),

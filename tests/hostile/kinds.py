@@ -71,7 +71,7 @@ KINDS = (
     Kind(
         "data files",
         models.write_data,
-        models.list_files,
+        models.list_data,
         models.mutate_data,
         models.read_data,
         alone=True,

@@ -159,8 +159,11 @@ def read_artifact(folder: Path, rng: random.Random) -> None:
     call("predict", "torch-fp32", folder / "texts.csv", "--output", folder / "output" / "x.jsonl", *choice)
 
 
+SAVED = (Path("stream", "data-0.arrow"), Path("record", "state.json"))
+
+
 def write_data(folder: Path) -> None:
-    """Writes the same labelled texts as CSV, TSV, JSON lines, compressed CSV and Parquet."""
+    """Writes the same labelled texts as CSV, TSV, JSON lines, compressed CSV, Parquet and two saved data sets."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -174,6 +177,19 @@ def write_data(folder: Path) -> None:
     buffer = BytesIO()
     parquet.write_table(table, buffer)
     (folder / "data.parquet").write_bytes(buffer.getvalue())
+    features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"dtype": "string", "_type": "Value"}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    for path in SAVED:
+        saved = (folder / path).parent
+        saved.mkdir()
+        with pa.ipc.new_stream(saved / "data-0.arrow", table.schema) as stream:
+            stream.write_table(table, max_chunksize=5)
+        (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-0.arrow"}], "_split": None}))
+
+
+def list_data(folder: Path) -> list[Path]:
+    """Returns the files under attack: in one folder of Arrow files the stream, in the other one the record."""
+    return [*list_files(folder), *(folder / path for path in SAVED if (folder / path).exists())]
 
 
 def mutate_data(rng: random.Random, content: bytes) -> bytes:
@@ -183,11 +199,12 @@ def mutate_data(rng: random.Random, content: bytes) -> bytes:
 
 
 def read_data(folder: Path, rng: random.Random) -> None:
-    """Reads each file as texts for `predict`, or as labelled texts for `bench` or `finetune`."""
+    """Reads each file or folder as texts for `predict`, or as labelled texts for `bench` or `finetune`."""
     refusal = None
-    for file in list_files(folder):
+    for file in list_data(folder):
+        path = file if file.parent == folder else file.parent
         try:
-            rng.choice((_read_texts, _read_labelled, _read_training))(str(file))
+            rng.choice((_read_texts, _read_labelled, _read_training))(str(path))
         except ToolchainError as error:
             refusal = error
     if refusal:

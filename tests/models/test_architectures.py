@@ -24,7 +24,7 @@ from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import TrainingSource
-from toolchain.errors import CheckpointError, PruningError
+from toolchain.errors import CheckpointError, GraphError, PruningError
 from toolchain.models import architectures
 from toolchain.passes.model_shape import context_of
 from toolchain.passes.quantize_linear import layers_of
@@ -376,6 +376,29 @@ def test_removing_units_equals_setting_their_weights_to_zero(workspace, kind, he
 def test_an_error_names_an_architecture_that_cannot_be_pruned(workspace, kind, message):
     with pytest.raises(PruningError, match=message):
         ensure(workspace(kind), ["torch-pruned50"], {}, quiet)
+
+
+def test_longformer_is_refused_before_its_export(tmp_path, monkeypatch):
+    folder = make(tmp_path / "longformer", "longformer")
+    longformer = Workspace.open(str(folder), tmp_path / "exported")
+    with pytest.raises(
+        CheckpointError, match=r"LongformerForSequenceClassification divides a text into windows"
+    ) as error:
+        ensure(longformer, ["onnx-std"], {}, quiet)
+    assert "toolchain quantize --backend torch" in error.value.hint
+    # An architecture outside of the table gets an error of validation.
+    monkeypatch.setattr(exporters, "UNEXPORTABLE", {})
+    with pytest.raises(GraphError) as caught:
+        ensure(longformer, ["onnx-std"], {}, quiet)
+    cause = caught.value.cause
+    assert cause.startswith(
+        "onnx-std cannot be validated: the graph fails on a batch of 1 × 1 tokens: the operator Reshape"
+    )
+    assert "\n" not in cause
+    assert "ONNXRuntimeError" not in cause
+    assert "onnxruntime_src" not in cause
+    assert "--exporter" in caught.value.hint
+    assert not longformer.path("onnx-std").exists()
 
 
 # --- vocabulary and benchmark

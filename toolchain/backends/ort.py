@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from toolchain.backends import Place
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ERRORS_ONLY = 3  # Hides ONNX Runtime's warnings; this module checks the causes of the warnings itself.
+# Hides ONNX Runtime's log: an error is also an exception, and this module checks the causes of warnings itself.
+_FATAL_ONLY = 4
 # An x86 processor without VNNI adds two U8 × S8 products in 16 bits, and this sum can saturate. `EXACT_PRODUCTS` is the
 # session option with which ONNX Runtime converts the weights to unsigned integers, so that 8-bit products are exact.
 # On a processor whose sums cannot saturate, `EXACT_PRODUCTS` only makes int8 slower.
@@ -35,6 +36,9 @@ SHAPE_OPERATORS = {
 }
 # Inner dimension, activation value and weight value of the matrix product in `extreme_product`.
 _INNER, _ACTIVATION, _WEIGHT = 4, 255, 127
+# The parts of a message for an operator that fails: its type, the name of its node, and the fault.
+_OPERATOR_FAULT = re.compile(r"running (\w+) node\. Name:'([^']*)'.*?Status Message: (.*)", re.S)
+_SOURCE_PLACE = re.compile(r"^\S+:\d+ .*?(?:was false\. |$)")  # file, line, function and condition in the source
 _MEMORY_SIZE = re.compile(
     r"(?:requested buffer of size|Available memory of \d+ is smaller than requested bytes of) (\d+)"
 )
@@ -61,7 +65,7 @@ def _plain_options(threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     return options
 
 
@@ -178,11 +182,13 @@ class OrtSession:
             )
         except state.NotImplemented as error:
             raise GraphError(
-                f"ONNX Runtime has no kernel for an operator of {path}: {error}.", "Build the variant again."
+                f"ONNX Runtime has no kernel for an operator of {path}: {describe(error)}.", "Build the variant again."
             ) from error
         except failures() as error:
             _check_memory(error)
-            raise GraphError(f"ONNX Runtime cannot load {path}: {error}.", "Build the variant again.") from error
+            raise GraphError(
+                f"ONNX Runtime cannot load {path}: {describe(error)}.", "Build the variant again."
+            ) from error
         self._output = self._session.get_outputs()[0].name
         self._check_provider(provider)
         # If a fallback is allowed, all nodes may run on the CPU; then inputs and outputs must stay in host memory.
@@ -294,7 +300,7 @@ def _translate_errors(batch: dict[str, np.ndarray]) -> Iterator[None]:
         _check_memory(error)
         shape = " × ".join(map(str, batch["input_ids"].shape))
         raise GraphError(
-            f"The graph fails on a batch of {shape} tokens: {error}.", "Build the variant again."
+            f"The graph fails on a batch of {shape} tokens: {describe(error)}.", "Build the variant again."
         ) from error
 
 
@@ -314,6 +320,15 @@ def add_extensions(options: Any) -> None:
     options.register_custom_ops_library(extensions.get_library_path())
 
 
+def describe(error: Exception) -> str:
+    """Returns one of ONNX Runtime's errors as a line, without its code and the place in ONNX Runtime's source."""
+    message = " ".join(re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).replace("\\n", " ").split())
+    if match := _OPERATOR_FAULT.search(message):
+        fault = _SOURCE_PLACE.sub("", match[3]) or match[3]
+        message = f"the operator {match[1]} ({match[2]}) fails: {fault}"
+    return message.rstrip(".")
+
+
 def failures() -> tuple[type[Exception], ...]:
     """Returns the exception classes that ONNX Runtime raises for an unusable file, batch or device."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -325,6 +340,7 @@ def failures() -> tuple[type[Exception], ...]:
         state.Fail,
         state.InvalidArgument,
         state.RuntimeException,
+        state.NotImplemented,
     )
 
 

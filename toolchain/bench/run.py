@@ -225,10 +225,18 @@ def check_data(workspace: Workspace, request: Request, say: Say) -> None:
 
 def _load_data(root: Artifact, request: Request, say: Say) -> Data:
     split, training_digest = request.split, root.manifest.facts.get("trained_on")
-    if request.data and not split and TrainingSource(request.data, request.columns).digest == training_digest:
+    if request.data and not split and training_digest and _digest(request) == training_digest:
         say(f"{request.data} is the training data of the model, so only its held-out rows are measured")
         split = inputs.HELD_OUT_SPLIT
     return inputs.load(request.data, root.label_set, request.columns, split)
+
+
+def _digest(request: Request) -> str:
+    """Returns the digest of the request's data as training data; empty for data without a training split."""
+    try:
+        return TrainingSource(request.data, request.columns).digest
+    except DataError:  # `inputs.load` reports unreadable data
+        return ""
 
 
 def _count_tokens(encoder: encoding.Encoder | None, data: Data) -> list[int]:

@@ -17,7 +17,7 @@ from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import Texts
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import Answer, Tokens, answers
-from toolchain.data.tables import FORMATS
+from toolchain.data.tables import has_columns
 from toolchain.errors import DataError
 from toolchain.models import vocabulary
 from toolchain.passes import facts as facts_of
@@ -31,7 +31,7 @@ TRAIN = "train"  # `--trim-vocab train` means the training data without its held
 
 
 def corpus_of(spec: str | None, column: str | None) -> Texts | None:
-    """Returns the texts of the file that the option `--trim-vocab` names; None if the option names no file.
+    """Returns the texts of the file or folder that the option `--trim-vocab` names; None if the option names no file.
 
     The option names no file if its value is ``train``, which means the training data. Without the option, the
     vocabulary is not trimmed.
@@ -45,9 +45,9 @@ def corpus_of(spec: str | None, column: str | None) -> Texts | None:
     """
     if spec is None or spec == TRAIN:
         return None
-    if not Path(spec).is_file():
+    if not (Path(spec).is_file() or Path(spec).is_dir()):
         raise DataError(f"There is no file {spec}.", f"Name a file of texts, or {TRAIN} for the training data.")
-    return Texts(spec, column if Path(spec).suffix.lower() in FORMATS else None)
+    return Texts(spec, column if has_columns(spec) else None)
 
 
 def tokens_to_keep(job: Job[Quantize]) -> list[int]:

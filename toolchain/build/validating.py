@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from toolchain.artifacts.steps import Export
 from toolchain.artifacts.store import Artifact
 from toolchain.artifacts.variants import Variant
 from toolchain.backends import Place, Session, open_session
@@ -13,7 +16,7 @@ from toolchain.build.reference_logits import ReferenceLogits
 from toolchain.build.steps.validate import SEED, SENTENCES, validate
 from toolchain.build.workspace import Workspace
 from toolchain.data import encoding, inputs
-from toolchain.errors import ArtifactError
+from toolchain.errors import ArtifactError, GraphError
 from toolchain.models.sources import ImportFiles
 from toolchain.system import hardware
 
@@ -36,6 +39,7 @@ def validate_artifact(
 
     Raises:
         ArtifactError: The PyTorch ancestor is missing.
+        GraphError: ONNX Runtime cannot run the graph.
     """
     manifest, place = artifact.manifest, Place("cpu", hardware.cores())
     names = [spec.name for spec in manifest.inputs]
@@ -47,7 +51,8 @@ def validate_artifact(
         reference_folder = _torch_ancestor(workspace, variant).path
         reference_encoder = encoding.Encoder.open(reference_folder, names, manifest.max_length)
     sentences = data.sample(SENTENCES, SEED)
-    contender = open_session(artifact.path, variant.runtime, place)
+    with _explain_graph_errors(variant, artifact):
+        contender = open_session(artifact.path, variant.runtime, place)
     reference: Session | ReferenceLogits
     if origin and origin.base:
         reference = LoraSession(origin.folder, origin.base, place)
@@ -56,10 +61,28 @@ def validate_artifact(
     else:
         reference = ReferenceLogits(_torch_ancestor(workspace, variant), "torch", place)
     try:
-        return validate(contender, reference, encoder, sentences, variant.agreement, reference_encoder)
+        with _explain_graph_errors(variant, artifact):
+            return validate(contender, reference, encoder, sentences, variant.agreement, reference_encoder)
     finally:
         contender.close()
         reference.close()
+
+
+@contextmanager
+def _explain_graph_errors(variant: Variant, artifact: Artifact) -> Iterator[None]:
+    """Adds the variant to the error for a graph that ONNX Runtime cannot run, with a hint that fits its step."""
+    try:
+        yield
+    except GraphError as error:
+        if isinstance(artifact.manifest.step, Export):
+            hint = (
+                "The exporter may not support this architecture. Use another one (--exporter), or build variants of "
+                "PyTorch (toolchain quantize --backend torch)."
+            )
+        else:
+            hint = f"Leave out a pass with --no-pass, or use {variant.parent}."
+        cause = f"the{error.cause[3:]}" if error.cause.startswith("The ") else error.cause
+        raise GraphError(f"{variant.name} cannot be validated: {cause}", hint) from error
 
 
 def _torch_ancestor(workspace: Workspace, variant: Variant) -> Artifact:

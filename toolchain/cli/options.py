@@ -161,7 +161,10 @@ def open_workspace(
     return Workspace.open(model, exported, folder_name, train, corpus)
 
 
-DATA = "a CSV, TSV, JSON lines or Parquet file, or a hub dataset such as glue/sst2"
+DATA = (
+    "a CSV, TSV, JSON lines or Parquet file, a folder of Parquet files or of a saved dataset, or a hub dataset such as "
+    "glue/sst2"
+)
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,9 +201,9 @@ def _columns_options(command: Callable[..., Any], default_split: str) -> Callabl
         click.option("--label-column", default="label", show_default=True, help="Column of labels in the data."),
         click.option(
             "--split",
-            help=f"Hub dataset split, or `held-out` for the held-out rows of the data.  [default: {default_split}]"
+            help=f"Dataset split, or `held-out` for the held-out rows of the data.  [default: {default_split}]"
             if default_split == "validation"
-            else f"Hub dataset split.  [default: {default_split}]",
+            else f"Dataset split.  [default: {default_split}]",
         ),
     ]
     for option in reversed(options):

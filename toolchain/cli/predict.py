@@ -45,9 +45,10 @@ def predict(
 ) -> None:
     """Predict labels, scores or entities for the texts of FILE with a variant or a bundle, in the order of the texts.
 
-    FILE is a .csv, .tsv, .jsonl or .parquet file. A FILE with another ending has one text in each line. If FILE is -,
-    the command reads one text in each line of standard input. A longer FILE does not need more memory; a row has at
-    most 16,777,216 characters. If you interrupt a command with --output, the same command continues the work.
+    FILE is a .csv, .tsv, .jsonl or .parquet file, a folder of .parquet files, or a folder that save_to_disk of the
+    library datasets wrote. A FILE with another ending has one text in each line. If FILE is -, the command reads one
+    text in each line of standard input. A longer FILE does not need more memory; a row has at most 16,777,216
+    characters. If you interrupt a command with --output, the same command continues the work.
 
     With --engine ray, all machines of a Ray cluster take part; this machine must be a node of the cluster.
 

@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     "--trim-vocab",
     metavar="CORPUS",
     help="ort only: drop tokens that do not occur in CORPUS. The vocabulary and the embedding table become smaller. "
-    "CORPUS is a file of texts, or `train` for the training data. --text-column names the column of texts.",
+    "CORPUS is a file or folder of texts, or `train` for the training data. --text-column names the column of texts.",
 )
 @training_options
 @name_option

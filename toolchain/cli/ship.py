@@ -40,7 +40,8 @@ def _parse_destination(context: click.Context, parameter: click.Parameter, value
     "--target",
     type=click.Choice(list(TARGETS)),
     help="Kind of app. web: for browser and Node, with transformers.js. python: with onnxruntime and tokenizers. "
-    "mobile: for Android and iOS, with ONNX Runtime. server: for Triton and KServe. other: for any ONNX runtime.",
+    "mobile: for Android and iOS, with ONNX Runtime. server: for Triton and KServe. mlflow: a model of MLflow. other: "
+    "for any ONNX runtime.",
 )
 @click.option(
     "--ort-mobile",

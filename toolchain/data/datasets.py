@@ -1,4 +1,4 @@
-"""Reads labelled texts from a file or a hub data set: one or two columns of texts, and one column of labels.
+"""Reads labelled texts from a file, a folder or a hub data set: one or two columns of texts, and a column of labels.
 
 The name of a hub data set is ``user/name`` or ``user/name:config``. ``glue/sst2`` means ``nyu-mll/glue:sst2``.
 """
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolchain.data import folders
 from toolchain.data.files import Text, require_column, text_columns, text_of
 from toolchain.data.labels import Column, Value
-from toolchain.data.tables import FORMATS, Table, kind_of
+from toolchain.data.tables import FORMATS, Header, Table, kind_of
 from toolchain.errors import DataError, first_line
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
@@ -60,13 +61,13 @@ class LabelledTable:
 
 
 def read(spec: str, columns: Columns, split: str | None, default_split: str) -> LabelledTable:
-    """Reads a file or a split of a hub data set.
+    """Reads a file, or a split of a folder or of a hub data set.
 
     Args:
-        spec: Path of a file, or name of a hub data set.
+        spec: Path of a file or folder, or name of a hub data set.
         columns: The columns to read.
-        split: Split of a hub data set; None for `default_split`.
-        default_split: Split of a hub data set that is read if `split` is None.
+        split: Split of a data set; None for `default_split`.
+        default_split: Split of a data set that is read if `split` is None.
 
     Raises:
         DataError: The table does not exist, is unreadable, lacks a column or has no rows, or `split` is set for a file.
@@ -74,6 +75,8 @@ def read(spec: str, columns: Columns, split: str | None, default_split: str) -> 
     path = find_file(spec)
     if path is None:
         return read_hub(spec, columns, split or default_split)
+    if path.is_dir():
+        return read_file(folders.choose_split(path, split, default_split), path.resolve().name, columns)
     if split:
         raise DataError(
             f"{spec} is a file, which has no split {split!r}.", "Leave --split out, or use --split held-out."
@@ -82,43 +85,45 @@ def read(spec: str, columns: Columns, split: str | None, default_split: str) -> 
 
 
 def find_file(spec: str) -> Path | None:
-    """Returns the file that `spec` names, or None if `spec` has the form of a hub data set's name.
+    """Returns the file or folder that `spec` names, or None if `spec` has the form of a hub data set's name.
 
     Raises:
-        DataError: `spec` names no file and does not have the form of a hub data set's name.
+        DataError: `spec` names no file or folder and does not have the form of a hub data set's name.
     """
     path = Path(spec)
-    if path.is_file():
+    if path.is_file() or path.is_dir():
         return path
     if kind_of(spec) in FORMATS or path.exists() or not _HUB.fullmatch(spec):
         raise DataError(
             f"There is no file {spec}.",
-            "Pass a CSV, TSV, JSON lines or Parquet file with a text and a label column, or a hub dataset such as "
-            "glue/sst2.",
+            "Pass a CSV, TSV, JSON lines or Parquet file with a text and a label column, a folder of Parquet files, or "
+            "a hub dataset such as glue/sst2.",
         )
     return None
 
 
 def read_file(path: Path, name: str, columns: Columns, classes: Sequence[str] = ()) -> LabelledTable:
-    """Reads the table in a file.
+    """Reads the table in a file or folder.
 
     Args:
-        path: The file.
+        path: The file, or a folder without splits.
         name: Name of the data set.
         columns: The columns to read.
-        classes: Class names for the indices in the label column; empty if the class names are unknown.
+        classes: Class names for the indices in the label column; empty to take the class names in the metadata of a
+            Parquet or Arrow file, if there are any.
 
     Raises:
         DataError: The file is unreadable, lacks a column or has no rows, or a row has no valid text or label.
     """
-    table, names = Table(str(path)), list[str]()
+    table, names, class_names = Table(str(path)), list[str](), list(classes)
 
-    def choose(header: Sequence[str]) -> list[str]:
+    def choose(header: Header) -> list[str]:
         names.extend(text_columns(header, columns.text, columns.pair, table.file))
         names.append(require_column(header, columns.label, table.file, "--label-column"))
+        class_names.extend(() if classes else header.classes.get(columns.label, ()))
         return names
 
-    return _collect_rows(name, table, names, table.read(choose), classes)
+    return _collect_rows(name, table, names, table.read(choose), class_names)
 
 
 def read_hub(spec: str, columns: Columns, split: str) -> LabelledTable:

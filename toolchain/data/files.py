@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from toolchain.data.tables import FORMATS, RowLines, Table, convert_read_errors, kind_of
+from toolchain.data import folders
+from toolchain.data.tables import RowLines, Table, convert_read_errors, has_columns
 from toolchain.errors import DataError
 
 # One text, or a pair of texts that together are one input of the model.
@@ -28,7 +28,7 @@ class Texts:
     """A source of texts.
 
     Attributes:
-        file: Name of a file; ``-`` for plain lines on standard input.
+        file: Name of a file or of a folder of files; ``-`` for plain lines on standard input.
         column: Column of the texts; None for ``sentence`` or ``text``.
         pair: Column of the second texts if rows are pairs; None otherwise.
     """
@@ -44,7 +44,7 @@ class Texts:
             DataError: The file is missing, is not UTF-8, lacks the column, has a row longer than `MAX_ROW_SIZE`, or has
                 a value that is not a text. The error message names the faulty row where possible.
         """
-        if self.file == STDIN or kind_of(self.file) not in FORMATS:
+        if self.file == STDIN or not has_columns(self.file):
             yield from self._lines()
             return
         table, names = Table(self.file), list[str]()
@@ -58,15 +58,15 @@ class Texts:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Returns the sha256 in hex of the file's bytes; empty for standard input, which can be read only once.
+        """Returns the sha256 in hex of the file or folder; empty for standard input, which can be read only once.
 
         Raises:
             DataError: The file is unreadable.
         """
         if self.file == STDIN:
             return ""
-        with convert_read_errors(self.file), open(self.file, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with convert_read_errors(self.file):
+            return folders.digest(Path(self.file))
 
     @property
     def columns(self) -> list[str]:
@@ -75,7 +75,7 @@ class Texts:
 
     @property
     def digest(self) -> str:
-        """Returns an id of the texts: file name, sha256 of the bytes, and the columns that the user named."""
+        """Returns an id of the texts: name and sha256 of the file or folder, and the columns that the user named."""
         return ":".join([Path(self.file).name, self.sha256, *self.columns])
 
     def count(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Sentences with labels: the embedded SST-2, files and hub data sets, and the held-out rows of training data."""
+"""Sentences with labels: the embedded SST-2, files, folders, hub data sets, and the held-out rows of training data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolchain.data import datasets
+from toolchain.data import datasets, folders
 from toolchain.data.datasets import DEFAULT_COLUMNS, Columns, LabelledTable
 from toolchain.data.files import WORD, Text
 from toolchain.data.labels import REGRESSION, SINGLE, SST2_LABELS, TOKENS, Answer, LabelSet, Targets, Tokens
@@ -99,9 +99,9 @@ def load(spec: str | None, labels: LabelSet, columns: Columns = DEFAULT_COLUMNS,
     """Returns the data that `--data` names.
 
     Args:
-        spec: A file or a hub data set; None for the embedded SST-2.
+        spec: A file, a folder or a hub data set; None for the embedded SST-2.
         labels: Labels of the model.
-        columns: Names of the text and label columns in the file or data set.
+        columns: Names of the text and label columns.
         split: Split of a data set; None for ``validation``. If `split` is ``held-out``, `spec` names training data, and
             the function returns the held-out rows of that data.
 
@@ -160,8 +160,8 @@ class TrainingSource:
     """The source of training sentences.
 
     Attributes:
-        file: A file or a hub data set; None for the embedded SST-2.
-        columns: Names of the text and label columns in the file or data set.
+        file: A file, a folder or a hub data set; None for the embedded SST-2.
+        columns: Names of the text and label columns.
         split: Split of a data set; None for ``train``.
     """
 
@@ -173,15 +173,15 @@ class TrainingSource:
     def digest(self) -> str:
         """Returns an id of the training sentences: the source's name, a sha256, and the names of columns and split.
 
-        The sha256 covers the bytes of the file, or the texts and labels of a hub data set.
+        The sha256 covers the bytes of the file or folder, or the texts and labels of a hub data set.
         """
         path = SST2 / "train.tsv.gz" if self.file is None else datasets.find_file(self.file)
-        name = datasets.EMBEDDED if self.file is None else self.file if path is None else path.name
+        name = datasets.EMBEDDED if self.file is None else self.file if path is None else path.resolve().name
         if path is None:
             content_digest = self.read().sha256
         else:
-            with path.open("rb") as file:
-                content_digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files = folders.choose_split(path, self.split, TRAIN_SPLIT) if path.is_dir() else path
+            content_digest = folders.digest(files)
         column_names = [self.columns.text or "", self.columns.label] if self.file else []
         return ":".join([name, content_digest, *column_names, *filter(None, (self.columns.pair, self.split))])
 

@@ -1,4 +1,4 @@
-"""Reads tables row by row, in bounded memory: CSV, TSV, JSON lines and Parquet."""
+"""Reads tables row by row, in bounded memory: CSV, TSV, JSON lines, Parquet and folders of files."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from toolchain.data import parquet
+from toolchain.data import columnar, folders
+from toolchain.data.columnar import Header
 from toolchain.errors import DataError
 
 # Endings of files with columns. An input file without an ending of `FORMATS` has plain lines, with one text per line.
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
-# Largest size of a row: characters of a row in a text file, bytes of the chosen columns in Parquet. `Table` refuses a
-# file with a longer row, because a row must fit into memory. A novel has about a million characters.
+# Largest size of a row: characters of a row in a text file, bytes of the chosen columns in Parquet and Arrow. `Table`
+# refuses a file with a longer row, because a row must fit into memory. A novel has about a million characters.
 MAX_ROW_SIZE = 1 << 24
 _LONG_ROW = f"the row has more than {MAX_ROW_SIZE:,}"
 LONG_ROW_HINT = "Shorten the text. In CSV, also look for a quote without an end."
 # Function that takes the columns of a table, and returns the columns to read or raises `DataError` if one is missing.
-ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
+ChooseColumns = Callable[[Header], Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A file with columns; its ending says whether it is CSV, TSV, JSON lines (each also gzipped) or Parquet."""
+    """A file or folder with columns.
+
+    The ending of a file says whether it is CSV, TSV, JSON lines (each also gzipped) or Parquet. `folders.list_files`
+    lists the files of a folder.
+    """
 
     file: str
 
@@ -43,8 +48,13 @@ class Table:
 
         Raises:
             DataError: The file is missing, is not UTF-8, does not have the format of its ending, or has a row longer
-                than `MAX_ROW_SIZE`. The error message names the faulty row where possible.
+                than `MAX_ROW_SIZE`. The error message names the faulty row where possible. Or a file of the folder has
+                other columns than the first one.
         """
+        if Path(self.file).is_dir():
+            files = [str(path) for path in folders.list_files(Path(self.file))]
+            yield from columnar.read_rows(files, choose, MAX_ROW_SIZE)
+            return
         kind = kind_of(self.file)
         if kind not in FORMATS:
             raise DataError(
@@ -52,7 +62,7 @@ class Table:
                 "Convert the file to one of these formats.",
             )
         if kind == ".parquet":
-            yield from parquet.read_rows(self.file, choose, MAX_ROW_SIZE)
+            yield from columnar.read_rows([self.file], choose, MAX_ROW_SIZE)
             return
         with convert_read_errors(self.file):
             yield from self._jsonl(choose) if kind == ".jsonl" else self._csv(choose)
@@ -67,7 +77,7 @@ class Table:
             lines = RowLines(stream, self.file)
             rows = csv.reader(lines, **dialect)
             try:
-                header = next(rows, [])
+                header = Header(next(rows, []))
                 indices = [self.column_index(header, name) for name in choose(header)]
                 lines.begin_row()
                 for number, row in enumerate(rows, start=1):
@@ -106,7 +116,7 @@ class Table:
                     raise self.row_error(number, f"the line is not JSON ({error})") from error
                 if not isinstance(row, dict):
                     raise self.row_error(number, "the line is not a JSON object")
-                names = choose(list(row)) if names is None else names
+                names = choose(Header(row)) if names is None else names
                 yield tuple(row.get(name) for name in names)
 
     def row_error(self, number: int, fault: str, hint: str = "Correct the row.") -> DataError:
@@ -146,6 +156,11 @@ class RowLines:
         if self._row_size > MAX_ROW_SIZE:
             raise DataError(f"{self._file}, line {self._lines}: {_LONG_ROW} characters.", LONG_ROW_HINT)
         return line
+
+
+def has_columns(file: str) -> bool:
+    """Returns whether `file` names a folder, or a file with columns."""
+    return Path(file).is_dir() or kind_of(file) in FORMATS
 
 
 def kind_of(file: str) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.data.labels import TOKEN_HEAD
-from toolchain.errors import GraphError, SettingsError
+from toolchain.errors import CheckpointError, GraphError, SettingsError
+from toolchain.models.architectures import UNEXPORTABLE
 from toolchain.system import extras
 
 if TYPE_CHECKING:
@@ -75,11 +76,16 @@ def to_onnx(
 
     Raises:
         SettingsError: The exporter is unavailable, or cannot write the opset.
-        CheckpointError: The exporter cannot export the architecture.
+        CheckpointError: The exporter, or every exporter, cannot export the architecture.
         GraphError: The model exceeds 2 GB, the limit of one ONNX file.
     """
     exporter = exporter or default_exporter()
     require_exporter(exporter, opset)
+    if reason := UNEXPORTABLE.get(model.config.model_type):
+        raise CheckpointError(
+            reason.format(model=type(model).__name__),
+            "Build variants of PyTorch (toolchain quantize --backend torch), or use a model of another architecture.",
+        )
     write_onnx = importlib.import_module(f"toolchain.exporters.{exporter}_exporter").write_onnx
     write_onnx(model, target, opset, names)
     if extra_files := sorted(p.name for p in target.parent.iterdir() if p != target):

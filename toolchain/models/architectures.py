@@ -97,6 +97,11 @@ UNPRUNABLE = {
     "mobilebert": "{model} has bottleneck layers and several feed-forward parts in each layer, so it cannot be pruned.",
 }
 
+# Maps each architecture whose exported graph ONNX Runtime cannot run to the sentence that gives the user the reason.
+UNEXPORTABLE = {
+    "longformer": "{model} divides a text into windows, and no exporter can write a graph for any number of windows.",
+}
+
 
 @strict
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from toolchain.ship.targets import (
     Target,
     device,
     dtype,
+    mlflow,
     mobile,
     served_name,
 )
@@ -380,7 +381,8 @@ def _write_companions(contents: Contents, folder: Path, body: Mapping[str, Any],
                 shutil.copyfile(BUNDLE_FILES / template, path)
                 continue
             values = {"bundle": body, "golden": golden, "demo": bool(contents.clients), "model": model}
-            text = environment.get_template(template).render(values, name=name, served_name=served_name, text=TEXT_SPEC)
+            values |= {"name": name, "served_name": served_name, "text": TEXT_SPEC}
+            text = environment.get_template(template).render(values, mlflow_columns=mlflow.columns(body))
             if pattern == CARD:
                 text = front_matter(body) + text
             path.write_text(text, encoding="utf-8")

@@ -119,6 +119,12 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
             "the positions of the tokens in the text.",
             "Ship for python, web, mobile or other, without --with-tokenizer.",
         )
+    if artifacts[0].label_set.task == TOKENS and target is TARGETS["mlflow"]:
+        raise ShippingError(
+            "A bundle for mlflow cannot have a token classifier, because the columns of an MLflow model hold one value "
+            "for each text, not a list of entities.",
+            "Ship for python, web, mobile or other.",
+        )
     for artifact in artifacts:
         _check_artifact(artifact, target)
         if artifact.manifest.tokenizer != artifacts[0].manifest.tokenizer:

@@ -104,6 +104,20 @@ _PYTHON = {
     **_REQUIREMENTS,
 }
 _MOBILE = {"README.md": "README.mobile.md.j2", "verify.py": "verify.py", **_REQUIREMENTS}
+_MLFLOW = {
+    "README.md": "README.mlflow.md.j2",
+    "verify.py": "verify.py",
+    "MLmodel": "MLmodel.j2",
+    "conda.yaml": "conda.yaml",
+    "python_env.yaml": "python_env.yaml",
+    "input_example.json": "input_example.json",
+    "serving_input_example.json": "serving_input_example.json",
+    "requirements.txt": "requirements_mlflow.txt.j2",
+    LOCK: "requirements_mlflow.lock",
+    "code/mlflow_model.py": "mlflow_model.py",
+    "code/classify.py": "classify.py",
+    "code/__pycache__": "no_pycache.txt",
+}
 _SERVER = {
     "README.md": "README.server.md.j2",
     "verify.py": "verify.py",
@@ -158,6 +172,14 @@ TARGETS = {
             _SERVER,
             # The tokenizer graph is not called model.onnx, because optimum would load model.onnx as the classifier.
             tokenizer_path=REPOSITORY + "/tokenizer/1/tokenizer.onnx",
+        ),
+        Target(
+            "mlflow",
+            _named_after_variant,
+            frozenset({STANDARD, MICROSOFT}),
+            _MLFLOW,
+            no_tokenizer_reason="mlflow.onnx cannot register the operators of onnxruntime-extensions",
+            first_path=_OPTIMUM_FILE,
         ),
         Target(
             "mobile",
