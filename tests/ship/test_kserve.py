@@ -120,6 +120,16 @@ def test_requests_at_the_same_time_change_no_answer(port, texts):
             assert [answer["outputs"] for _, answer in answers] == alone[number:160:16]
 
 
+def test_the_server_answers_the_request_of_the_readme(bundle, port):
+    """The README shows one request for Triton and this server; curl sends it without a JSON content type."""
+    path, body = re.search(
+        r"curl localhost:8000/v2/(\S+) -d '\n(.*?)'\n", (bundle / "README.md").read_text(), re.S
+    ).groups()
+    status, answer = call(port, path, body.encode())
+    assert status == 200
+    assert read_rows(answer, "label")[0][0] in ("NEGATIVE", "POSITIVE")
+
+
 def test_a_request_can_choose_outputs(port):
     for names in (["label"], ["probabilities"], ["probabilities", "label"]):
         answer = call(port, INFER, {**request("a film"), "outputs": [{"name": name} for name in names]})[1]
