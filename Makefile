@@ -107,6 +107,8 @@ SET_TESTS = $(filter-out %/test_torchao.py %/test_compiled.py,$(wildcard tests/b
 test-set: $(VENV)/.installed-test ## tests of what depends on the installed set of packages
 	$(BIN)/python -m pytest $(PARALLEL) $(SET_TESTS)
 
+FILES = toolchain/ship/bundle_files
+
 # What `make test` skips without: npm packages by their lock file, Pythons with nothing but a bundle's requirements, and
 # one of these for 64-bit ARM where qemu can run it.
 CLIENTS = $(EXPORTED)/.cache/test-clients
@@ -114,7 +116,7 @@ SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # A client's environment has no pip: the one of .venv installs into it, which takes seconds less for each environment.
 NEW = $(PYTHON) -m venv --without-pip $(CLIENTS)
 INTO = $(BIN)/pip --disable-pip-version-check -q --python $(CLIENTS)
-test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, Triton, MLflow, ARM)
+test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, servers, ARM)
 	$(BIN)/python -c 'import sys, pathlib; from toolchain.ship.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
 		"$(EXPORTED)/.cache"
 	$(NEW)/python
@@ -127,6 +129,8 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(INTO)/triton install "tritonclient[grpc]==2.73.0" nvidia-pytriton==0.7.0 onnxruntime==1.32.0 onnxruntime-extensions==0.15.2
 	$(NEW)/mlflow
 	$(INTO)/mlflow install -c constraints/cpu.txt mlflow-skinny==3.17.2 pandas onnx onnxruntime tokenizers numpy
+	$(NEW)/kserve
+	$(INTO)/kserve install --require-hashes -r $(FILES)/requirements_kserve.lock
 	$(NEW)/phone
 	$(INTO)/phone install onnxruntime==1.17.3 'numpy<2' tokenizers==0.22.2
 	tests/clients/arm_root.sh $(CLIENTS)/arm $(BIN)/pip
@@ -140,17 +144,20 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(INTO)/transformers5 install --no-deps -c constraints/cpu.txt \
 		transformers huggingface_hub tokenizers httpx2 httpcore2 truststore
 
-# The newest onnxruntime-extensions has no wheel for Windows.
-FILES = toolchain/ship/bundle_files
+# The newest onnxruntime-extensions has no wheel for Windows. The packages that two lock files share have the same release,
+# except protobuf, of which KServe takes only older ones.
+LOCK = $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make locks" --upgrade --no-emit-index-url
 locks: $(VENV)/.installed ## pin the Python packages of bundles with sha256, in the releases of constraints/cpu.txt
 	$(BIN)/pip install --disable-pip-version-check -q uv
 	(sed "s/^onnxruntime-extensions==.*/& ; sys_platform != 'win32'/" constraints/cpu.txt; \
 		echo "onnxruntime-extensions==0.15.0 ; sys_platform == 'win32'") > $(VENV)/locks.txt
 	for name in requirements requirements_text requirements_mlflow; do \
-		sed 's/{{.*}}/0/' $(FILES)/$$name.txt.j2 | $(BIN)/uv pip compile -q --universal --python-version 3.11 \
-			--generate-hashes --no-annotate --custom-compile-command "make locks" --upgrade --no-emit-index-url \
-			-c $(VENV)/locks.txt -o $(FILES)/$$name.lock - || exit 1; \
+		sed 's/{{.*}}/0/' $(FILES)/$$name.txt.j2 | $(LOCK) -c $(VENV)/locks.txt -o $(FILES)/$$name.lock - || exit 1; \
 	done
+	sed -n 's/ \\$$//p' $(FILES)/requirements_text.lock | grep -v -e '^ ' -e '^protobuf==' > $(VENV)/locks.txt
+	sed 's/{{.*}}/0/' $(FILES)/requirements_kserve.txt.j2 | \
+		$(LOCK) -c $(VENV)/locks.txt -o $(FILES)/requirements_kserve.lock -
 
 fuzz: $(VENV)/.installed-test ## attack the readers of files for SECONDS (60); SEED, CASE and KIND repeat one case
 	$(BIN)/python tests/hostile/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed "$(SEED)") $(if $(CASE),--case $(CASE)) \

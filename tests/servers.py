@@ -1,4 +1,4 @@
-"""Starts Triton on a model repository, and sends it texts over HTTP.
+"""Starts Triton and the predictor for KServe on a bundle, and sends them texts over HTTP.
 
 The package nvidia-pytriton contains Triton but not its ONNX Runtime backend. The file
 `tests/clients/triton_backend.py` stands in for this backend.
@@ -15,7 +15,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-VENV = TESTS.parent / "exported" / ".cache" / "test-clients" / "triton"
+CLIENTS = TESTS.parent / "exported" / ".cache" / "test-clients"
+VENV = CLIENTS / "triton"
+KSERVE = CLIENTS / "kserve" / "bin" / "python"
 BACKEND_FILES = ("backends/python/libtriton_python.so", "backends/python/triton_python_backend_utils.py")
 START_SECONDS = 60
 
@@ -69,9 +71,26 @@ def triton_process(repository, folder, port):
     shutil.copy(TESTS / "clients" / "triton_backend.py", backend / "model.py")
     command = [server, "--model-repository", repository, "--backend-directory", backend.parent]
     command += ["--http-address", "127.0.0.1", "--http-port", port, "--allow-grpc", "false", "--allow-metrics", "false"]
-    log = folder / "triton.log"
+    with _process(command, folder / "triton.log", _environment()) as started:
+        yield started
+
+
+@contextmanager
+def kserve_process(bundle, folder, port, **environment):
+    """Starts the predictor of a bundle on loopback with its log in `folder`, and ends it; yields as `triton_process`.
+
+    Args:
+        environment: Environment variables that replace those of this process.
+    """
+    command = [KSERVE, bundle / "kserve" / "predictor.py", "--host", "127.0.0.1", "--port", port]
+    with _process(command, folder / "kserve.log", {**os.environ, "TOOLCHAIN_THREADS": "1", **environment}) as started:
+        yield started
+
+
+@contextmanager
+def _process(command, log, environment):
     with log.open("wb") as output:
-        process = subprocess.Popen([*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env=_environment())
+        process = subprocess.Popen([*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             yield process, log
         finally:
@@ -88,12 +107,26 @@ def triton(repository, folder):
     """Starts Triton, waits until all models are ready, and yields the port."""
     port = free_port()
     with triton_process(repository, folder, port) as (process, log):
-        end = time.monotonic() + START_SECONDS
-        while not _is_ready(port):
-            if process.poll() is not None or time.monotonic() > end:
-                raise AssertionError(f"Triton did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.1)
+        wait_until_ready(port, process, log)
         yield port
+
+
+@contextmanager
+def kserve(bundle, folder):
+    """Starts the predictor of a bundle, waits until all models are ready, and yields the port."""
+    port = free_port()
+    with kserve_process(bundle, folder, port) as (process, log):
+        wait_until_ready(port, process, log)
+        yield port
+
+
+def wait_until_ready(port, process, log):
+    """Returns when the server answers that all models are ready; raises `AssertionError` if it does not start."""
+    end = time.monotonic() + START_SECONDS
+    while not _is_ready(port):
+        if process.poll() is not None or time.monotonic() > end:
+            raise AssertionError(f"The server did not start:\n{log.read_text()[-3000:]}")
+        time.sleep(0.1)
 
 
 def _is_ready(port):

@@ -35,6 +35,14 @@ def test_three_to_seven_per_cent_of_equal_pairs_are_called_different(rounds):
     assert 30 <= different_count <= 70
 
 
+def test_the_interval_of_a_mean_contains_the_mean_and_needs_six_rounds():
+    values = [10.0, 11, 9, 10.5, 9.5, 10]
+    low, high = statistics.mean_interval(values)
+    assert 9 < low < 10 < high < 11
+    assert statistics.mean_interval([each + 5 for each in values]) == pytest.approx((low + 5, high + 5))
+    assert statistics.mean_interval(values[:5]) is None
+
+
 @given(st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=30))
 def test_a_ratio_is_within_its_interval_and_inverts_when_its_sides_swap(pairs):
     first, second = zip(*pairs, strict=True)

@@ -9,11 +9,12 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from toolchain.ship.targets import BUNDLE_FILES, LOCK, TARGETS
+from toolchain.ship.targets import BUNDLE_FILES, KSERVE, LOCK, TARGETS
 from toolchain.ship.targets.releases import ORDER
 
 PYTHON = ROOT / "exported" / ".cache" / "test-clients" / "python" / "bin" / "python"
 NAMES = ["requirements", "requirements_text", "requirements_mlflow"]
+SERVER = "requirements_kserve"
 
 
 def read_lock(name):
@@ -26,16 +27,16 @@ def read_lock(name):
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, SERVER])
 def test_a_lock_pins_every_package_with_its_sha256(name):
     for requirement, digests in read_lock(name):
-        assert re.fullmatch(r"==[0-9.]+(b[0-9]+)?", str(requirement.specifier)), requirement
+        assert re.fullmatch(r"==[0-9.]+(b[0-9]+|\.post[0-9]+)?", str(requirement.specifier)), requirement
         assert digests, requirement
     assert "http:" not in (text := (BUNDLE_FILES / f"{name}.lock").read_text())
     assert "https:" not in text
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, SERVER])
 def test_a_lock_agrees_with_the_ranges_of_every_release(name):
     template = (BUNDLE_FILES / f"{name}.txt.j2").read_text()
     pinned = {}
@@ -64,12 +65,25 @@ def test_a_lock_has_the_releases_that_tests_run_with(name):
             assert requirement.specifier == f"=={tested[package]}", "run `make locks`"
 
 
+def test_the_server_has_the_releases_of_the_other_lock():
+    """KServe takes only an older release of protobuf."""
+
+    def pins(name):
+        return {(package.name, str(package.specifier)): digests for package, digests in read_lock(name)}
+
+    others, packages = pins("requirements_text"), pins(SERVER)
+    assert {name for name, _ in others.keys() - packages.keys()} == {"protobuf"}
+    assert all(packages[pin] == digests for pin, digests in others.items() if pin in packages)
+
+
 def test_every_bundle_with_requirements_has_the_lock_of_the_same_packages():
     for target in TARGETS.values():
         for files in (target.files, target.text_files):
-            if template := files.get("requirements.txt"):
-                assert files[LOCK] == template.replace(".txt.j2", ".lock")
+            for path, template in files.items():
+                if path.endswith("requirements.txt"):
+                    assert files[path.replace("requirements.txt", LOCK)] == template.replace(".txt.j2", ".lock")
     assert LOCK in TARGETS["python"].files
+    assert f"{KSERVE}/{LOCK}" in TARGETS["server"].files
 
 
 @pytest.mark.slow

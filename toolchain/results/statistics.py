@@ -69,6 +69,11 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> Ratio:
     return Ratio(value, math.exp(low), math.exp(high))
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Returns the confidence interval of the mean of one figure for each round; None below `FEWEST_ROUNDS` rounds."""
+    return _bounds(tuple(values)) if len(values) >= FEWEST_ROUNDS else None
+
+
 @functools.lru_cache(maxsize=1024)
 def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
     """Returns the bootstrap confidence interval of the mean of `values`."""

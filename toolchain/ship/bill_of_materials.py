@@ -128,9 +128,8 @@ def _data_component(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _runtime_components(body: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Returns the packages that the bundle needs at run time, in the versions with which it was tested."""
-    lock = folder / LOCK
-    pinned = sorted(set(_PINNED.findall(lock.read_text(encoding="utf-8")))) if lock.is_file() else []
+    """Returns the packages of all lock files of the bundle: its run time, in the versions with which it was tested."""
+    pinned = sorted({pin for lock in folder.rglob(LOCK) for pin in _PINNED.findall(lock.read_text(encoding="utf-8"))})
     components = [_library("pypi", name, version, "required") for name, version in pinned]
     if body["target"] == "web":
         components += [_library("npm", name, clients.version(name), "required") for name in clients.DEPENDENCIES]

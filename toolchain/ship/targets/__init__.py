@@ -13,7 +13,8 @@ from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 
 BUNDLE_FILES = Path(__file__).parent.parent / "bundle_files"
 LOCK = "requirements.lock"  # pins the packages of requirements.txt and their dependencies, with sha256
-REPOSITORY = "repository"  # A Triton bundle holds its model repository in this folder.
+REPOSITORY = "repository"  # A bundle for servers holds its model repository for Triton in this folder,
+KSERVE = "kserve"  # and its own server for KServe in this folder.
 WEBGPU = "webgpu"
 # Scheme of a variant → its dtype in transformers.js, and the file that transformers.js loads for this dtype.
 DTYPES = {
@@ -121,8 +122,14 @@ _MLFLOW = {
 _SERVER = {
     "README.md": "README.server.md.j2",
     "verify.py": "verify.py",
+    "classify.py": "classify.py",
     **_TEXT_REQUIREMENTS,
     "inference-service.yaml": "inference-service.yaml.j2",
+    KSERVE + "/predictor.py": "predictor.py",
+    KSERVE + "/Dockerfile": "Dockerfile",
+    KSERVE + "/inference_service.yaml": "predictor.yaml.j2",
+    KSERVE + "/requirements.txt": "requirements_kserve.txt.j2",
+    KSERVE + "/" + LOCK: "requirements_kserve.lock",
     REPOSITORY + "/{name}/config.pbtxt": "model.pbtxt.j2",
     REPOSITORY + "/{name}/labels.txt": "labels.txt.j2",
 }
@@ -169,7 +176,7 @@ TARGETS = {
                 REPOSITORY + "/{name}_text/1/ensemble.txt": "ensemble.txt",
                 REPOSITORY + "/tokenizer/config.pbtxt": "tokenizer.pbtxt.j2",
             },
-            _SERVER,
+            {**_SERVER, "classify.py": "classify_text.py"},
             # The tokenizer graph is not called model.onnx, because optimum would load model.onnx as the classifier.
             tokenizer_path=REPOSITORY + "/tokenizer/1/tokenizer.onnx",
         ),

@@ -1,0 +1,315 @@
+"""Measures Triton and the predictor for KServe under load, on the bundle for servers of the reference model.
+
+    make test-clients
+    python benchmarks/serving.py
+
+Both servers run on this machine and answer on loopback, each with one thread for the model. 1 to 32 clients send single
+validation sentences. Each client sends its next request when it has the answer to the last one. In each round, every
+combination of a server and a number of clients runs once, in random order. In the end, 8 clients send requests to each
+server for `--soak-s` seconds. A request is lost if the server does not answer it with the status 200 and with its id.
+
+Triton runs here with a Python stand-in for its ONNX Runtime backend, `tests/clients/triton_backend.py`, because no
+Python package contains this backend. The script takes about 13 minutes, and writes
+benchmarks/studies/serving-reference.json. It exits with 1 if a server lost a request.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import psutil
+
+from toolchain.build.workspace import Workspace
+from toolchain.cli.progress import bar, say
+from toolchain.data import inputs
+from toolchain.progress import no_bar
+from toolchain.results import statistics
+from toolchain.ship import shipping
+from toolchain.ship.bundle_files.classify import Classifier
+from toolchain.ship.shipping import Order
+from toolchain.system import hardware
+
+ROOT = Path(__file__).parent.parent
+STUDY = ROOT / "benchmarks" / "studies" / "serving-reference.json"
+VARIANT = "onnx-int8"
+CLIENTS = (1, 2, 4, 8, 16, 32)
+SOAK_CLIENTS = 8
+WARM_UP_S = 1
+TIMEOUT_S = 30
+SEED = 23
+STAND_IN = "a Python stand-in for Triton's ONNX Runtime backend"
+
+sys.path.insert(0, str(ROOT / "tests"))
+import servers  # noqa: E402 (the tests' servers)
+
+
+@dataclass
+class Load:
+    """What the clients of one run saw.
+
+    Attributes:
+        times_us: Time of each answered request, in microseconds.
+        lost: Number of requests without a right answer, by reason.
+        flips: Number of answers whose label differs from the label of the same model in Python.
+        seconds: Time from the first request to the last answer.
+    """
+
+    times_us: list[int] = field(default_factory=list)
+    lost: Counter[str] = field(default_factory=Counter)
+    flips: int = 0
+    seconds: float = 0.0
+
+    def figures(self) -> dict[str, Any]:
+        """Returns throughput and quantiles of one run, in milliseconds; only counts if no request was answered."""
+        lost = {"lost": self.lost.total(), "lost_by_reason": dict(self.lost)}
+        counts = {"requests": len(self.times_us), **lost, "flips": self.flips}
+        if not self.times_us:
+            return counts
+        quantiles = np.quantile(self.times_us, (0.5, 0.99, 1)) / 1000
+        names = ("p50_ms", "p99_ms", "largest_ms")
+        figures = dict(zip(names, (round(float(each), 3) for each in quantiles), strict=True))
+        return {**counts, "throughput_per_s": round(len(self.times_us) / self.seconds, 2), **figures}
+
+
+def run_clients(port: int, count: int, seconds: float, labels: Mapping[str, int]) -> Load:
+    """Lets clients send sentences for some time; each client keeps one connection open.
+
+    Args:
+        port: Port of the server on loopback.
+        count: Number of clients.
+        seconds: Time after which the clients send no new request.
+        labels: Sentence → index of its label in Python.
+    """
+    loads = [Load() for _ in range(count)]
+    barrier = threading.Barrier(count + 1)
+
+    def run(number: int) -> None:
+        texts = random.Random(SEED + number).sample(list(labels), len(labels))
+        barrier.wait()
+        _send_until(time.perf_counter() + seconds, port, number, texts, labels, loads[number])
+
+    with ThreadPoolExecutor(count) as pool:
+        waiting = [pool.submit(run, number) for number in range(count)]
+        barrier.wait()
+        started = time.perf_counter()
+        for each in waiting:
+            each.result()
+        elapsed = time.perf_counter() - started
+    return Load(
+        [value for load in loads for value in load.times_us],
+        sum((load.lost for load in loads), Counter()),
+        sum(load.flips for load in loads),
+        elapsed,
+    )
+
+
+def _send_until(
+    end: float, port: int, number: int, texts: Sequence[str], labels: Mapping[str, int], load: Load
+) -> None:
+    """Sends texts one after the other, and adds what the client saw to `load`."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+    sent = 0
+    while time.perf_counter() < end:
+        text, request_id = texts[sent % len(texts)], f"{number}-{sent}"
+        sent += 1
+        body = json.dumps({**servers.request(text), "id": request_id})
+        started = time.perf_counter()
+        try:
+            client.request("POST", f"/v2/models/{VARIANT}_text/infer", body)
+            response = client.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            load.lost[type(error).__name__] += 1
+            client.close()
+            time.sleep(0.1)  # a server that does not answer would otherwise lose thousands of requests in a second
+            continue
+        elapsed = time.perf_counter() - started
+        answer = json.loads(content) if response.status == 200 else {}
+        if answer.get("id") != request_id:
+            load.lost[f"status {response.status}" if response.status != 200 else "answer to another request"] += 1
+            continue
+        load.times_us.append(round(1e6 * elapsed))
+        load.flips += int(np.argmax(servers.read_rows(answer, "probabilities")[0])) != labels[text]
+    client.close()
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        name: Name of the server.
+        port: Its port on loopback.
+        process: Its process.
+    """
+
+    name: str
+    port: int
+    process: psutil.Process
+
+    def resident_bytes(self) -> int:
+        """Returns the resident memory of the server's process and of all its child processes."""
+        return sum(each.memory_info().rss for each in (self.process, *self.process.children(recursive=True)))
+
+    def batch_sizes(self) -> Counter[int]:
+        """Returns how many batches of each size the model computed since the start; only Triton states it."""
+        if self.name != "Triton":
+            return Counter()
+        batches = servers.call(self.port, f"models/{VARIANT}/stats")[1]["model_stats"][0]["batch_stats"]
+        return Counter({int(each["batch_size"]): int(each["compute_infer"]["count"]) for each in batches})
+
+    def facts(self) -> dict[str, str]:
+        """Returns the version of the server, and what stands in for a part of it."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/v2") as answer:
+            version = json.load(answer)["version"]
+        return {"version": version, **({"backend": STAND_IN} if self.name == "Triton" else {})}
+
+
+@contextmanager
+def start_servers(bundle: Path, folder: Path) -> Iterator[list[Server]]:
+    """Starts both servers on a bundle, with their logs in `folder`; yields them when they are ready."""
+    with ExitStack() as stack:
+        running = []
+        for name, start, served in (
+            ("Triton", servers.triton_process, bundle / "repository"),
+            ("KServe", servers.kserve_process, bundle),
+        ):
+            (folder / name).mkdir()
+            port = servers.free_port()
+            process, log = stack.enter_context(start(served, folder / name, port))
+            servers.wait_until_ready(port, process, log)
+            running.append(Server(name, port, psutil.Process(process.pid)))
+        yield running
+
+
+def measure(running: Sequence[Server], rounds: int, round_s: float, labels: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Runs every combination of a server and a number of clients once in each round; returns a row for each."""
+    cells = [(server, count) for server in running for count in CLIENTS]
+    figures: dict[tuple[Server, int], list[dict[str, Any]]] = {cell: [] for cell in cells}
+    batches: dict[tuple[Server, int], Counter[int]] = {cell: Counter() for cell in cells}
+    order = [cell for turn in range(rounds) for cell in random.Random(SEED + turn).sample(cells, len(cells))]
+    for server in running:
+        run_clients(server.port, SOAK_CLIENTS, WARM_UP_S, labels)
+    with bar("serving") as progress:
+        for done, (server, count) in enumerate(order):
+            progress(done, len(order), f"{server.name}, {count} clients")
+            before = server.batch_sizes()
+            figures[server, count].append(run_clients(server.port, count, round_s, labels).figures())
+            batches[server, count] += server.batch_sizes() - before
+    return [_row(server, count, figures[server, count], batches[server, count]) for server, count in cells]
+
+
+def _row(server: Server, count: int, rounds: Sequence[Mapping[str, Any]], batches: Counter[int]) -> dict[str, Any]:
+    """Returns the row of a server and a number of clients, with a mean and its confidence interval over rounds."""
+    row: dict[str, Any] = {"server": server.name, "clients": count}
+    for name in ("requests", "lost", "flips"):
+        row[name] = sum(each[name] for each in rounds)
+    for name in ("throughput_per_s", "p50_ms", "p99_ms"):
+        values = [each[name] for each in rounds if name in each]
+        interval = statistics.mean_interval(values)
+        bounds = dict(zip(("low", "high"), (round(each, 3) for each in interval), strict=True)) if interval else {}
+        row[name] = {"value": round(float(np.mean(values)), 3), **bounds} if values else None
+    return {**row, "batches": {str(size): number for size, number in sorted(batches.items())}, "rounds": list(rounds)}
+
+
+def soak(server: Server, seconds: float, labels: Mapping[str, int]) -> dict[str, Any]:
+    """Sends requests of `SOAK_CLIENTS` clients for a long time; returns the figures, and the server's memory."""
+    resident_bytes = [server.resident_bytes()]
+    load = run_clients(server.port, SOAK_CLIENTS, seconds, labels)
+    resident_bytes.append(server.resident_bytes())
+    return {
+        "server": server.name,
+        "clients": SOAK_CLIENTS,
+        "seconds": seconds,
+        **load.figures(),
+        "resident_bytes_before": resident_bytes[0],
+        "resident_bytes_after": resident_bytes[1],
+    }
+
+
+@click.command()
+@click.option("--rounds", default=6, show_default=True, help="Rounds; intervals need at least 6.")
+@click.option("--round-s", default=2.0, show_default=True, help="Seconds of each combination in a round.")
+@click.option("--soak-s", default=300.0, show_default=True, help="Seconds under 8 clients in the end.")
+@click.option("--exported", type=click.Path(path_type=Path), default=ROOT / "exported", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=STUDY, show_default=True)
+def main(rounds: int, round_s: float, soak_s: float, exported: Path, output: Path) -> None:
+    """Ships the bundle, measures both servers, saves the results and prints them."""
+    reason = servers.missing() or (None if servers.KSERVE.exists() else "needs `make test-clients`")
+    if reason:
+        raise click.ClickException(f"The servers cannot run on this machine: {reason}.")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        shipping.ship(
+            Workspace.open("reference", exported), Order((VARIANT,), "server"), folder / "bundle", say, no_bar
+        )
+        classify = Classifier(folder / "bundle")
+        labels = {
+            text: classify.labels.index(max(scores, key=scores.__getitem__))
+            for text in map(str, inputs.load_embedded().texts)
+            for scores in classify([text])
+        }
+        with start_servers(folder / "bundle", folder) as running:
+            facts = {server.name: server.facts() for server in running}
+            rows = measure(running, rounds, round_s, labels)
+            soaks = [soak(server, soak_s, labels) for server in running]
+    body = {
+        "schema": 1,
+        "machine": hardware.machine(),
+        "variant": VARIANT,
+        "sentences": len(labels),
+        "servers": facts,
+        "model_threads": 1,
+        "clients_on": "the same machine",
+        "round_s": round_s,
+        "rows": rows,
+        "soak": soaks,
+    }
+    output.write_text(json.dumps(body, indent=1) + "\n")
+    for line in summary(body):
+        click.echo(line)
+    if any(row["lost"] for row in (*rows, *soaks)):
+        raise click.ClickException("A server lost requests; `lost_by_reason` in the result file states why.")
+
+
+def summary(body: dict[str, Any]) -> list[str]:
+    """Returns the results of this benchmark as the lines of a text table."""
+    lines = [f"{'':19} {'requests/s':>10} {'p50 ms':>8} {'p99 ms':>8} {'lost':>5} {'mean batch':>11}"]
+    for row in body["rows"]:
+        batches = {int(size): number for size, number in row["batches"].items()}
+        texts = sum(size * number for size, number in batches.items())
+        size = f"{texts / sum(batches.values()):.1f}" if batches else "1.0"
+        name = f"{row['server']}, {row['clients']} client{'s' if row['clients'] > 1 else ''}"
+        throughput, p50, p99 = (
+            f"{row[key]['value']:.{digits}f}" if row[key] else "–"
+            for key, digits in (("throughput_per_s", 0), ("p50_ms", 1), ("p99_ms", 1))
+        )
+        lines.append(f"{name:19} {throughput:>10} {p50:>8} {p99:>8} {row['lost']:5} {size:>11}")
+    for row in body["soak"]:
+        growth = (row["resident_bytes_after"] - row["resident_bytes_before"]) / 1e6
+        lines.append(
+            f"{row['server']}, {row['clients']} clients for {row['seconds']:.0f} s: {row['requests']:,} answers, "
+            f"{row['lost']} lost, memory {growth:+.0f} MB"
+        )
+    lines.append(f"Triton runs with {body['servers']['Triton']['backend']}.")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
