@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import emulated
-import servers
-from chromium import WEBGPU_FLAGS, Chromium
 from clients import CACHE, PYTHON, ROOT, SCRIPTS, run_page, run_process
-from demo_page import serve
 
 from toolchain.build.workspace import Workspace
 from toolchain.cli.progress import bar, say
@@ -37,10 +34,23 @@ from toolchain.ship.shipping import Order
 from toolchain.ship.targets import clients
 from toolchain.system import hardware
 
+sys.path.insert(0, str(ROOT / "tests"))
+import emulated
+import servers
+from chromium import WEBGPU_FLAGS, Chromium
+from demo_page import serve
+
 STUDY = ROOT / "benchmarks" / "studies" / "answers-reference.json"
 INSTALLED = CACHE / "test-clients"
 INT8, FP32, WEBGPU, OTHER = "onnx-int8", "onnx-fp32", "onnx-webgpu", "onnx-std-int8"
 PAGE = "<!doctype html><title>page</title><link rel=icon href='data:,'>"
+MLFLOW_CODE = """
+import json, sys
+import mlflow.pyfunc, pandas
+model = mlflow.pyfunc.load_model(sys.argv[1])
+table = pandas.DataFrame({"text": json.load(open(sys.argv[2]))})
+print(json.dumps({"answers": list(model.predict(table)["label"])}))
+"""
 GROUP = 10  # sentences of a request to a server, and of a batch on WebGPU
 
 
@@ -164,17 +174,31 @@ def ask_openvino(study: Study, variant: str) -> list[str]:
 
 def ask_triton(study: Study, variant: str) -> list[str]:
     """Returns the answers of Triton, with a Python backend in the place of its ONNX Runtime backend."""
-    folder = study.folder / f"triton-{variant}"
-    folder.mkdir()
+    return _ask_server(study, variant, servers.triton, study.bundle("server", INT8, FP32) / "repository")
+
+
+def ask_kserve(study: Study, variant: str) -> list[str]:
+    """Returns the answers of the bundle's server for KServe."""
+    return _ask_server(study, variant, servers.kserve, study.bundle("server", INT8, FP32))
+
+
+def _ask_server(study: Study, variant: str, start: Callable[..., Any], path: Path) -> list[str]:
+    """Starts a server, and asks it by the Open Inference Protocol."""
     answers = []
-    with servers.triton(study.bundle("server", INT8, FP32) / "repository", folder) as port:
-        for start in range(0, len(study.texts), GROUP):
-            request = servers.request(*study.texts[start : start + GROUP])
+    with tempfile.TemporaryDirectory(dir=study.folder) as scratch, start(path, Path(scratch)) as port:
+        for first in range(0, len(study.texts), GROUP):
+            request = servers.request(*study.texts[first : first + GROUP])
             status, answer = servers.call(port, f"models/{variant}_text/infer", request)
             if status != 200:
-                raise click.ClickException(f"Triton answers {status}: {answer}")
-            answers += study.name_labels(servers.read_rows(answer, "logits"))
+                raise click.ClickException(f"The server answers {status}: {answer}")
+            answers += study.name_labels(servers.read_rows(answer, "probabilities"))
     return answers
+
+
+def ask_mlflow(study: Study, variant: str) -> list[str]:
+    """Returns the answers of MLflow."""
+    python, texts = INSTALLED / "mlflow" / "bin" / "python", study.file("texts.json", study.texts)
+    return list(run_process(python, "-c", MLFLOW_CODE, study.bundle("mlflow", variant), texts)["answers"])
 
 
 CLIENTS: dict[str, tuple[str, Callable[[Study, str], list[str]]]] = {
@@ -192,6 +216,8 @@ CLIENTS: dict[str, tuple[str, Callable[[Study, str], list[str]]]] = {
     "browser, WebAssembly, 2 threads": (INT8, functools.partial(ask_browser, threads=2)),
     "browser, WebGPU (SwiftShader)": (WEBGPU, ask_webgpu),
     "Triton (Python backend)": (INT8, ask_triton),
+    "KServe": (INT8, ask_kserve),
+    "MLflow": (INT8, ask_mlflow),
     "OpenVINO": (OTHER, ask_openvino),
 }
 # Each answer is compared with that of the variant that has the same weights and the same precision in Python.

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from toolchain.progress import no_bar
 from toolchain.results import statistics
 from toolchain.results.measurements import Samples
 from toolchain.ship import shipping
+from toolchain.ship.bundle_files.serve import create_server
 from toolchain.ship.shipping import Order
 from toolchain.ship.targets import clients
 from toolchain.system import hardware
@@ -47,7 +49,6 @@ SEED = 20
 sys.path.insert(0, str(ROOT / "tests"))
 from chromium import Chromium  # noqa: E402 (the tests' driver)
 from demo_page import serve  # noqa: E402
-from servers import free_port  # noqa: E402
 
 
 def run_process(*command: str | Path) -> dict[str, Any]:
@@ -72,16 +73,13 @@ def run_page(folder: Path, dtype: str, texts: str, threads: int = 1) -> dict[str
 
 @contextmanager
 def serve_isolated(folder: Path) -> Iterator[str]:
-    """Serves a web bundle with its own server, and yields its address."""
-    with subprocess.Popen(
-        [sys.executable, folder / "serve.py", str(port := free_port())], stdout=subprocess.PIPE
-    ) as run:
+    """Serves a web bundle with the server that each web bundle has, and yields its address."""
+    with create_server(folder, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            assert run.stdout is not None
-            run.stdout.readline()  # the server prints its address when it is ready
-            yield f"http://localhost:{port}/"
+            yield f"http://127.0.0.1:{server.server_port}/"
         finally:
-            run.terminate()
+            server.shutdown()
 
 
 def client_row(rounds: list[dict[str, Any]], python_labels: list[str]) -> dict[str, Any]:
