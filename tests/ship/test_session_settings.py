@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from conftest import NODE, needs_node, verify_in_node
+from conftest import NODE, ROOT, TESTS, needs_node, verify_in_node
 from hostile.bundles import reseal
 
 from toolchain.backends import ort as backend
@@ -22,6 +22,7 @@ from toolchain.ship.bundle_files import classify
 from toolchain.ship.shipping import Order
 from toolchain.system import hardware
 
+TRITON = ROOT / "exported" / ".cache" / "test-clients" / "triton" / "bin" / "python"
 TEXTS = ["a charming and often affecting journey .", "dull .", "a waste of two hours , and of a good cast .", "fine ."]
 UNUSUAL = SessionSettings(
     spinning=False,
@@ -242,6 +243,17 @@ def test_triton_gets_the_settings_for_which_it_has_parameters(ship):
     assert "optimization { graph { level: 1 } }" in text
     assert "intra_op_thread_count" not in (folder / "repository" / "tokenizer" / "config.pbtxt").read_text()
     assert 'cpu: "2"' in (folder / "inference-service.yaml").read_text()
+
+
+@pytest.mark.skipif(not TRITON.exists(), reason="needs `make test-clients`")
+def test_triton_reads_the_settings(ship):
+    pytest.importorskip("onnxruntime_extensions")
+    command = [TRITON, TESTS / "clients" / "triton.py", ship("server") / "repository"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    config = json.loads(run.stdout)["onnx-int8"]
+    assert config["optimization"] == {"graph": {"level": 1}}
+    assert config["parameters"]["intra_op_thread_count"] == {"string_value": "1"}
+    assert config["parameters"]["execution_mode"] == {"string_value": "1"}
 
 
 # Bad input

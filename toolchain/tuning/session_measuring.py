@@ -28,7 +28,7 @@ MOST_WEIGHED = 128  # largest number of sentences that a process runs before it 
 
 @dataclass
 class Figures:
-    """The figures of one settings: for each objective, one number for each round; smaller is better.
+    """The figures of an app with certain settings: for each objective, one number for each round; smaller is better.
 
     The figures of the objectives ``latency`` and ``throughput`` are microseconds for each sentence. The figures of the
     objective ``memory`` are bytes, one for each process.
