@@ -53,6 +53,7 @@ def write_bundle(folder: Path) -> None:
         "session_options": {},
         "tolerance": {"largest": 1e-3, "median": 1e-4},
         "measured": "not measured",
+        "validation": {"unit": "sentences", "count": 200, "flips": 0},
     }
     body = {
         "schema": SCHEMA,
