@@ -200,7 +200,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _refuse(self, status, code="", message=""):
         if self.server.hub.echoes_token:
             message = f"refused: {self.headers.get('Authorization')}"
-        headers = {"X-Error-Code": code} if code else {}
+        # The server may not have read the body, so the client must use another connection next.
+        headers = {"Connection": "close", **({"X-Error-Code": code} if code else {})}
         self.close_connection = True
         self._send({"error": message}, status, {**headers, **({"X-Error-Message": message} if message else {})})
 

@@ -56,6 +56,7 @@ def write_bundle(folder: Path) -> None:
         "app_settings": asdict(AppSettings(2, batch_size=8)),
         "tolerance": {"largest": 1e-3, "median": 1e-4},
         "measured": "not measured",
+        "validation": {"unit": "sentences", "count": 200, "flips": 0},
     }
     body = {
         "schema": SCHEMA,

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from toolchain.build.steps.importing import _training_facts
 from toolchain.models.model_card import languages_of
 from toolchain.progress import no_bar
-from toolchain.ship import shipping
+from toolchain.ship import bundles, shipping
 from toolchain.ship.card import front_matter
 from toolchain.ship.shipping import Order
 
@@ -131,6 +131,38 @@ def test_the_readme_of_a_bundle_is_its_card(built_tiny, tmp_path):
         assert f"{model['variant']} and the PyTorch model {sentence}" in card.text
     shares = {round(1 - model["validation"]["flips"] / model["validation"]["count"], 6) for model in body["models"]}
     assert {each.metric_value for each in card.data.eval_results} == shares
+
+
+@pytest.mark.parametrize(
+    ("report", "entry", "sentence"),
+    [
+        ({"sentences": 200, "flips": 3}, VALIDATION, "predict different labels for 3 of 200 validation sentences."),
+        (
+            {"sentences": 200, "words": 900, "flips": 4},
+            {"unit": "words", "count": 900, "flips": 4},
+            "predict different labels for 4 of 900 validation words.",
+        ),
+        (
+            {"sentences": 200, "shift": 0.01234},
+            {"unit": "sentences", "count": 200, "flips": None, "shift": 0.01234},
+            "differ in a score by at most 0.0123 standard deviations of the scores.",
+        ),
+        (
+            {"sentences": 200, "shift": None},
+            {"unit": "sentences", "count": 200, "flips": None, "shift": None},
+            None,
+        ),
+        ({"passed": True}, {"unit": "sentences", "count": 0, "flips": None}, None),
+    ],
+)
+def test_the_readme_states_the_figures_of_the_validation(report, entry, sentence):
+    assert bundles._validation_entry(report) == entry
+    parts = bundles.template_environment().get_template("parts.j2").module
+    body = body_with(validation=entry)
+    text = parts.measuring(body)
+    assert ("* onnx-int8 and the PyTorch model" in text) == (sentence is not None)
+    assert (sentence or "") in text
+    assert len(read(body).eval_results or []) == (entry["flips"] is not None)
 
 
 def test_the_card_of_the_reference_names_its_base_and_its_data():

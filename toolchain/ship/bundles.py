@@ -325,10 +325,11 @@ def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path)
 def _validation_entry(report: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the figures of a validation: the number of compared sentences or words, and of flips among them.
 
-    Regression has no flips, so its entry holds None and the largest ``shift`` of a score in standard deviations.
+    Regression has no flips, so its entry holds None and the largest ``shift`` of a score in standard deviations. The
+    manifest of an older toolchain may lack these figures.
     """
     unit = "words" if "words" in report else "sentences"
-    figures = {"unit": unit, "count": report[unit], "flips": report.get("flips")}
+    figures = {"unit": unit, "count": report.get(unit, 0), "flips": report.get("flips")}
     return {**figures, "shift": report["shift"]} if "shift" in report else figures
 
 

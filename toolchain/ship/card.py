@@ -100,7 +100,7 @@ def _metrics(model: Mapping[str, Any]) -> Iterator[_Metric]:
     for metric_id, name, value in scores:
         yield _Metric(metric_id, f"{name} of {variant}", round(value, 6), str(measured["data"]))
     validation = model["validation"]
-    if not scores and validation and validation["flips"] is not None:
+    if not scores and validation["count"] and validation["flips"] is not None:
         share = 1 - validation["flips"] / validation["count"]
         name = f"Share of {validation['unit']} in which {variant} and the PyTorch model predict the same label"
         yield _Metric("agreement", name, round(share, 6), _VALIDATION_SENTENCES)
@@ -111,9 +111,9 @@ def _scores(measured: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
     if accuracy := measured.get("accuracy"):
         yield "accuracy", "Accuracy", accuracy["value"]
     if entities := measured.get("entities"):
-        yield "f1", "F1 of entities", entities["value"]
-        yield "precision", "Precision of entities", entities["precision"]
-        yield "recall", "Recall of entities", entities["recall"]
+        yield "f1", "Entity F1", entities["value"]
+        yield "precision", "Entity precision", entities["precision"]
+        yield "recall", "Entity recall", entities["recall"]
     if regression := measured.get(REGRESSION):
         yield "r_squared", "R²", regression["r2"]
         yield "mae", "Mean absolute error", regression["mean_absolute_error"]
