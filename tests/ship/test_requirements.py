@@ -49,10 +49,17 @@ def test_a_lock_agrees_with_the_ranges_of_every_release(name):
 
 
 def test_the_locks_differ_only_in_the_operators_of_the_tokenizer():
-    shorter, longer, mlflow = ({str(package): digests for package, digests in read_lock(name)} for name in NAMES)
+    shorter, longer = ({str(package): digests for package, digests in read_lock(name)} for name in NAMES[:2])
     assert longer.items() >= shorter.items()
-    assert mlflow.items() >= shorter.items()
     assert {Requirement(line).name for line in longer.keys() - shorter.keys()} == {"onnxruntime-extensions"}
+
+
+def test_the_lock_for_mlflow_has_the_releases_of_the_other_locks():
+    # A package of MLflow needs some of these packages on every platform, so the markers differ.
+    first, _, mlflow = (
+        {(package.name, str(package.specifier)): digests for package, digests in read_lock(name)} for name in NAMES
+    )
+    assert mlflow.items() >= first.items()
 
 
 @pytest.mark.parametrize("name", NAMES)
