@@ -88,7 +88,8 @@ def test_the_server_has_the_names_and_the_input_of_the_triton_repository(bundle,
 def test_answers_of_the_server_equal_those_of_python(runner, port, texts, variant):
     answers = [call(port, f"models/{variant}_text/infer", request(text)) for text in texts]
     assert {status for status, _ in answers} == {200}
-    expected = [runner(variant)([text])[0] for text in texts]
+    classifier = runner(variant)
+    expected = [classifier([text])[0] for text in texts]
     rows = np.array([read_rows(answer, "probabilities")[0] for _, answer in answers])
     assert np.allclose(rows, probabilities(expected), atol=1e-3)
     labels = [read_rows(answer, "label")[0][0] for _, answer in answers]
