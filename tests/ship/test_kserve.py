@@ -287,3 +287,8 @@ def test_the_image_has_the_files_that_its_commands_name(bundle):
     assert everything[2:] == [".", "/bundle"]
     script = json.loads(" ".join(instructions[-1][1:]))[1]
     assert (bundle / script.removeprefix("/bundle/")).is_file()
+
+
+def test_the_bill_of_materials_lists_the_packages_of_the_server(bundle):
+    components = json.loads((bundle / "mlbom.json").read_text())["components"]
+    assert {"kserve", "uvicorn", "onnxruntime", "tokenizers"} <= {each["name"] for each in components}
