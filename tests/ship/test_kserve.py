@@ -88,7 +88,8 @@ def test_the_server_has_the_names_and_the_input_of_the_triton_repository(bundle,
 def test_answers_of_the_server_equal_those_of_python(runner, port, texts, variant):
     answers = [call(port, f"models/{variant}_text/infer", request(text)) for text in texts]
     assert {status for status, _ in answers} == {200}
-    expected = [runner(variant)([text])[0] for text in texts]
+    classifier = runner(variant)
+    expected = [classifier([text])[0] for text in texts]
     rows = np.array([read_rows(answer, "probabilities")[0] for _, answer in answers])
     assert np.allclose(rows, probabilities(expected), atol=1e-3)
     labels = [read_rows(answer, "label")[0][0] for _, answer in answers]
@@ -286,3 +287,8 @@ def test_the_image_has_the_files_that_its_commands_name(bundle):
     assert everything[2:] == [".", "/bundle"]
     script = json.loads(" ".join(instructions[-1][1:]))[1]
     assert (bundle / script.removeprefix("/bundle/")).is_file()
+
+
+def test_the_bill_of_materials_lists_the_packages_of_the_server(bundle):
+    components = json.loads((bundle / "mlbom.json").read_text())["components"]
+    assert {"kserve", "uvicorn", "onnxruntime", "tokenizers"} <= {each["name"] for each in components}
