@@ -167,7 +167,17 @@ def test_committed_result_files_can_be_read():
     files = list((TESTS.parent / "benchmarks" / "results").glob("*.json"))
     studies = (TESTS.parent / "benchmarks" / "studies").glob("*.json")
     # A file in benchmarks/studies/ whose name starts with one of these prefixes is not a result file.
-    other_prefixes = ("pruning-", "pairs-", "runs-", "clients-", "saturation-", "precision-", "memory-", "serving-")
+    other_prefixes = (
+        "pruning-",
+        "pairs-",
+        "runs-",
+        "clients-",
+        "answers-",
+        "saturation-",
+        "precision-",
+        "memory-",
+        "serving-",
+    )
     files += [file for file in studies if not file.name.startswith(other_prefixes)]
     assert files
     for file in files:
