@@ -4,6 +4,7 @@ import importlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,43 @@ def test_a_runner_that_releases_memory_gives_the_same_answers(built_tiny, tmp_pa
     answers = [classify.Classifier(tmp_path / "b", release_memory=release)(TEXTS) for release in (False, True)]
     assert answers[0] == answers[1]
     assert set(answers[0][0]) == {"NEGATIVE", "POSITIVE"}
+
+
+IMPORT_CODE = "import sys; sys.path.insert(0, sys.argv[1]); "
+PYTHON_CODE = {
+    "toolchain": "from toolchain.backends.ort import session_options; session_options(1)",
+    "classify": f"{IMPORT_CODE}import classify; classify.session_options()",
+    "classify_text": f"{IMPORT_CODE}import classify_text; classify_text.session_options()",
+    "classify_tokens": f"{IMPORT_CODE}import classify_tokens; classify_tokens.session_options()",
+    "verify": f"{IMPORT_CODE}import verify; verify.saturates()",
+}
+FOLDER = Path(classify.__file__).parent
+
+
+def reports_use(command, home, **variables):
+    """Runs a program, and returns whether ONNX Runtime stored an id of the device, as it does before it reports."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment = {name: value for name, value in environment.items() if not name.startswith("XDG_")}
+    subprocess.run(command, env={**environment, "HOME": str(home), **variables}, check=True, timeout=120)
+    return any(home.rglob("deviceid"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ONNX Runtime stores the id in another place")
+@pytest.mark.parametrize("program", PYTHON_CODE)
+def test_onnx_runtime_reports_only_if_the_user_allows_it(program, tmp_path):
+    if program == "classify_text":
+        pytest.importorskip("onnxruntime_extensions")
+    command = [sys.executable, "-B", "-c", PYTHON_CODE[program], FOLDER]
+    assert not reports_use(command, tmp_path)
+    if not reports_use(command, tmp_path, ORT_DISABLE_TELEMETRY="0"):
+        pytest.skip("this release of ONNX Runtime has no reports")
+
+
+@needs_node
+def test_onnx_runtime_reports_nothing_in_node(tmp_path):
+    (tmp_path / "node_modules").symlink_to(MODULES)
+    shutil.copy(FOLDER / "node.mjs", tmp_path)
+    code = "import { sessionOptions } from './node.mjs'; import '@huggingface/transformers'; await sessionOptions();"
+    (tmp_path / "code.mjs").write_text(code)
+    (tmp_path / "home").mkdir()
+    assert not reports_use([NODE, tmp_path / "code.mjs"], tmp_path / "home")

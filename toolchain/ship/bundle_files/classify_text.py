@@ -12,6 +12,8 @@ if __name__ == "__main__":
     # that no file of the bundle can replace a library.
     _script_folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _script_folder]
+# ONNX Runtime reports its use to Microsoft by default. It reads this variable once, when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import base64
 import json

@@ -2,7 +2,10 @@
 
 import { readFile } from "node:fs/promises";
 import { availableParallelism } from "node:os";
-import ort from "onnxruntime-node";
+
+// ONNX Runtime reports its use to Microsoft by default. It reads this variable once, when it is imported.
+process.env.ORT_DISABLE_TELEMETRY ??= "1";
+const { default: ort } = await import("onnxruntime-node");
 
 // An ONNX file with one MatMulInteger: uint8 [1, 4] × int8 [4, 1]; every weight is 127.
 const product = Buffer.from(

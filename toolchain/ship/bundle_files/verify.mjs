@@ -4,9 +4,9 @@
 import { readFile } from "node:fs/promises";
 import { dirname } from "node:path";
 import { fileURLToPath } from "node:url";
+import { sessionOptions } from "./node.mjs"; // before transformers.js, because it sets a variable of ONNX Runtime
 import { env, pipeline } from "@huggingface/transformers";
 import { check } from "./golden.mjs";
-import { sessionOptions } from "./node.mjs";
 
 const folder = dirname(fileURLToPath(import.meta.url));
 const read = async (name) => JSON.parse(await readFile(`${folder}/${name}`, "utf8"));
