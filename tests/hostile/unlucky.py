@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from command_server import MODULES, CommandServer
 
-from toolchain.artifacts import store
+from toolchain.artifacts import publishing, store
 from toolchain.data import inputs
 from toolchain.models import checkpoints
 from toolchain.results.result_file import ResultFile
@@ -136,9 +136,13 @@ CASES = {
     "ship": ("ship", "onnx-fp32", "--target", "python", "--license", "MIT", "--output", "bundle", *MODEL),
     "predict": ("predict", "onnx-int8", "rows.csv", "--output", "scores.csv", *MODEL),
 }
-# Files that the command may leave after an interruption, beside those that it always leaves. The second run continues
-# the search, which then builds more artifacts, and the journal of the interrupted comparison stays.
-MAY_STAY = {"tune": r"exported/|benchmarks/results/local/.*\.journal$"}
+# Files that the command may leave after an interruption, beside those that it always leaves. The second run of `tune`
+# continues the search, which then builds more artifacts, and the journal of the interrupted comparison stays. The
+# second run of `predict` refuses to replace complete scores, and leaves the parts of the first run.
+MAY_STAY = {
+    "tune": r"exported/|benchmarks/results/local/.*\.journal$",
+    "predict": rf"{re.escape(publishing.work_folder(Path('scores.csv')).name)}($|/)",
+}
 PREPARED = (
     ("export", *MODEL),
     ("quantize", *MODEL),
