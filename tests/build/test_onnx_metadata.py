@@ -12,7 +12,8 @@ from toolchain.artifacts.store import sha256
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps import export, importing, optimize, quantize
 from toolchain.build.workspace import Workspace
-from toolchain.models.checkpoints import MODEL_CARD, MODEL_CARD_LIMIT, REFERENCE, license_of
+from toolchain.models.checkpoints import MODEL_CARD, REFERENCE
+from toolchain.models.model_card import LIMIT, license_of
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
 from toolchain.ship.shipping import Order
@@ -122,7 +123,7 @@ CARDS = {
     "---\nlicense: mit\n": None,
     "license: mit\n": None,
     f"---\nlicense: {'x' * 200}\n---\n": None,
-    f"---\n{'#' * MODEL_CARD_LIMIT}\nlicense: mit\n---\n": None,
+    f"---\n{'#' * LIMIT}\nlicense: mit\n---\n": None,
     "": None,
 }
 

@@ -15,6 +15,7 @@ import pandas
 import pytest
 import yaml
 from conftest import ROOT, TESTS
+from readme_parts import snippet
 from servers import free_port
 
 from toolchain.data import inputs
@@ -178,6 +179,14 @@ def test_mlflow_loads_the_bundle_and_answers_as_python_does(bundle, texts, expec
     assert "text" in facts["refusal"]
     assert facts["modules"] == []
     assert shipping.verify(bundle)["target"] == "mlflow"  # MLflow wrote no file into the bundle
+
+
+@needs_mlflow
+def test_the_code_of_the_page_runs(bundle):
+    code = snippet("mlflow").replace("exported/reference/bundle-mlflow", str(bundle))
+    result = subprocess.run([PYTHON, "-c", code], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "score_POSITIVE" in result.stdout
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from toolchain.models.checkpoints import MODEL_CARD, REFERENCE, REFERENCE_LICENSE
 
-_LIMIT = 1 << 20  # The toolchain reads at most this number of characters of a model card.
+LIMIT = 1 << 20  # The toolchain reads at most this number of characters of a model card.
 # Matches a licence line in the front matter of a model card. A YAML parser would be unsafe for the front matter of a
 # model card, because YAML aliases can expand without limit.
 _LICENSE_LINE = re.compile(
@@ -37,5 +37,5 @@ def languages_of(folder: Path) -> list[str]:
 
 def _front_matter(folder: Path) -> str:
     with (folder / MODEL_CARD).open(encoding="utf-8-sig", errors="replace") as file:
-        front_matter = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", file.read(_LIMIT), re.S | re.M)
+        front_matter = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", file.read(LIMIT), re.S | re.M)
     return front_matter[1] if front_matter else ""
