@@ -224,7 +224,7 @@ def test_a_corpus_without_words_is_refused(texts):
 def test_a_corpus_without_a_file_or_a_text_column_is_refused(tmp_path):
     with pytest.raises(DataError, match="There is no file"):
         corpus_of(str(tmp_path / "none.csv"), None)
-    with pytest.raises(DataError, match="has neither a .parquet file nor"):
+    with pytest.raises(DataError, match=r"has neither a \.parquet file nor"):
         list(corpus_of(str(tmp_path), None).read())
     (tmp_path / "t.csv").write_text("review,label\nfine,1\n")
     with pytest.raises(DataError, match="none of the columns 'sentence', 'text', 'tokens'"):
