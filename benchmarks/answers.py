@@ -52,6 +52,7 @@ table = pandas.DataFrame({"text": json.load(open(sys.argv[2]))})
 print(json.dumps({"answers": list(model.predict(table)["label"])}))
 """
 GROUP = 10  # sentences of a request to a server, and of a batch on WebGPU
+CALL = 3  # batches of a call of the browser, which must answer within minutes
 
 
 @dataclass
@@ -153,9 +154,12 @@ def ask_webgpu(study: Study, variant: str) -> list[str]:
     script = (SCRIPTS / "webgpu.js").read_text()
     with serve(folder) as address, Chromium(study.folder / "profile", WEBGPU_FLAGS) as browser:
         browser.open(f"{address}page.html")
-        [result] = browser.run(f'({script})(["/model.onnx"], {json.dumps(feeds)}, {{}})')
+        outputs: list[list[float]] = []
+        for start in range(0, len(feeds), CALL):
+            part = json.dumps(feeds[start : start + CALL])
+            outputs += browser.run(f'({script})(["/model.onnx"], {part}, {{}})')[0]["outputs"]
     answers = [""] * len(rows)
-    for group, output in zip(groups, result["outputs"], strict=True):
+    for group, output in zip(groups, outputs, strict=True):
         width = len(output) // len(group)
         named = study.name_labels([output[start : start + width] for start in range(0, len(output), width)])
         for index, label in zip(group, named, strict=True):
