@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,7 +128,8 @@ def next_rate(turns: Sequence[Turn], protocol: Protocol, single_qps: float) -> t
     """Returns the rate of the next turn, and whether this turn belongs to the search; None if the scenario has ended.
 
     The search doubles or halves the rate until one rate keeps the p99 and another does not, and then halves the
-    distance between the two. Several longer turns at the highest rate that keeps the p99 confirm the rate. If they do
+    distance between the two. A rate that misses the p99 gets a second turn, because a short disturbance of the machine
+    can make any rate miss it. Several longer turns at the highest rate that keeps the p99 confirm the rate. If they do
     not keep the p99, the next lower rate is tried.
 
     Args:
@@ -165,9 +167,12 @@ def _search(turns: Sequence[Turn], limit: float, single_qps: float) -> tuple[flo
     """Returns the next rate of the search, and whether the search has ended with this rate."""
     if not turns:
         return START_SHARE * single_qps, False
-    failed = [turn.qps for turn in turns if not _keeps([turn], limit)]
-    high = min(failed, default=math.inf)
-    low = max((turn.qps for turn in turns if turn.qps < high and _keeps([turn], limit)), default=0.0)
+    passed = {turn.qps for turn in turns if _keeps([turn], limit)}
+    misses = Counter(turn.qps for turn in turns if turn.qps not in passed)
+    if misses[turns[-1].qps] == 1:
+        return turns[-1].qps, False
+    high = min(misses, default=math.inf)
+    low = max((qps for qps in passed if qps < high), default=0.0)
     if high == math.inf:
         return (low, True) if 2 * low > HIGHEST_FACTOR * single_qps else (2 * low, False)
     if not low:
