@@ -54,6 +54,7 @@ def parts() -> dict[str, str]:
         "pruning": _text(script("pruning").table(json.loads(_file("pruning").read_text()))),
         "schemes": _schemes(),
         "clients": _study("clients"),
+        "answers": _study("answers"),
         "memory": _study("memory"),
         "precision": _study("precision"),
         "saturation": _study("saturation"),
