@@ -262,7 +262,7 @@ def packages() -> dict[str, str]:
 
 
 def summary(body: dict[str, Any]) -> list[str]:
-    """Returns the results of this study as the lines of a text table."""
+    """Returns a text table of the results, as a list of lines."""
     lines = [f"{'':38} {'variant':16} {'sentences':>9} {'flips':>6}"]
     lines += [
         f"{client:38} {row['variant']:16} {row['sentences']:9} {row['flips']:6}" for client, row in body["rows"].items()

@@ -289,7 +289,7 @@ def main(rounds: int, round_s: float, soak_s: float, exported: Path, output: Pat
 
 
 def summary(body: dict[str, Any]) -> list[str]:
-    """Returns the results of this benchmark as the lines of a text table."""
+    """Returns a text table of the results, as a list of lines."""
     lines = [f"{'':19} {'requests/s':>10} {'p50 ms':>8} {'p99 ms':>8} {'lost':>5} {'mean batch':>11}"]
     for row in body["rows"]:
         batches = {int(size): number for size, number in row["batches"].items()}

@@ -88,7 +88,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         hub.requests.append((self.command, path))
         for start, status in hub.faults.items():
             if f"{self.command} {path}".startswith(start):
-                return self._cut() if status == 0 else self._refuse(status)
+                return self._close_connection() if status == 0 else self._refuse(status)
         content = self._read()
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if not path.startswith("/lfs/") and token != TOKEN:
@@ -191,7 +191,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.readline()
         return content
 
-    def _cut(self):
+    def _close_connection(self):
         if self.command in ("POST", "PUT"):
             self.rfile.read(100)
         self.connection.shutdown(socket.SHUT_RDWR)

@@ -102,20 +102,20 @@ def _process(command, log, environment):
                 process.wait()
 
 
-@contextmanager
 def triton(repository, folder):
     """Starts Triton, waits until all models are ready, and yields the port."""
-    port = free_port()
-    with triton_process(repository, folder, port) as (process, log):
-        wait_until_ready(port, process, log)
-        yield port
+    return _start(triton_process, repository, folder)
+
+
+def kserve(bundle, folder):
+    """Starts the predictor of a bundle, waits until all models are ready, and yields the port."""
+    return _start(kserve_process, bundle, folder)
 
 
 @contextmanager
-def kserve(bundle, folder):
-    """Starts the predictor of a bundle, waits until all models are ready, and yields the port."""
+def _start(start_process, source, folder):
     port = free_port()
-    with kserve_process(bundle, folder, port) as (process, log):
+    with start_process(source, folder, port) as (process, log):
         wait_until_ready(port, process, log)
         yield port
 

@@ -163,8 +163,8 @@ def test_the_comparison_shows_the_highest_rate(measure, tmp_path):
     measured.write(tmp_path / "run.json")
     rows = compare([ResultFile.read(tmp_path / "run.json")], "slow")
     fast, slow, late = (row.measurement.facts["server"]["qps"] for row in rows)
-    # Without batches, an M/D/1 queue has a p99 of 20 ms at about 900 queries per second for 1 ms of service, and at
-    # about 160 for 4 ms. Batches do not help here, because the session takes as long for each sentence of a batch.
+    # Queueing theory (M/D/1) gives the rates with a p99 of 20 ms: about 900 queries per second if a query takes 1 ms,
+    # and about 160 if a query takes 4 ms. Batches save no time here: each sentence of a batch takes this time.
     assert 600 < fast < 1000
     assert 50 < slow < 250
     assert late == 0

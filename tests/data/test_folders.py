@@ -111,17 +111,17 @@ def mix_classes(folder):
     shutil.copy(folder.parent / "other" / "data-00000-of-00001.arrow", folder / "data-00001-of-00002.arrow")
 
 
-def cut(folder):
+def shorten_arrow(folder):
     part = folder / "data-00001-of-00002.arrow"
     part.write_bytes(part.read_bytes()[:-100])
 
 
-def cut_between_batches(folder):
+def remove_end_marker(folder):
     part = folder / "data-00001-of-00002.arrow"
     part.write_bytes(part.read_bytes().removesuffix(b"\xff\xff\xff\xff\0\0\0\0"))
 
 
-def cut_parquet(folder):
+def shorten_parquet(folder):
     empty(folder)
     write_parquet(folder / "a.parquet", text=["a"], label=[1])
     (folder / "b.parquet").write_bytes((folder / "a.parquet").read_bytes()[:-20])
@@ -168,9 +168,9 @@ def break_classes(folder):
         (mix_columns, r"b\.parquet has the columns 'stars', 'text', but .*a\.parquet has 'label', 'text'"),
         (mix_types, r"The column 'label' of .*b\.parquet has another type than in .*a\.parquet"),
         (mix_classes, r"The column 'label' of .*00001.* has other class names than in .*00000"),
-        (cut, "00001-of-00002.arrow is no Arrow stream, or its end is missing"),
-        (cut_between_batches, "00001-of-00002.arrow is no Arrow stream, or its end is missing"),
-        (cut_parquet, r"b\.parquet cannot be read"),
+        (shorten_arrow, "00001-of-00002.arrow is no Arrow stream, or its end is missing"),
+        (remove_end_marker, "00001-of-00002.arrow is no Arrow stream, or its end is missing"),
+        (shorten_parquet, r"b\.parquet cannot be read"),
         (link_outside, "00001-of-00002.arrow is a link that leads out of the folder"),
         (set_files("../outside.arrow"), "state.json cannot be read: _data_files.0.filename"),
         (set_files(".."), "state.json cannot be read: _data_files.0.filename"),

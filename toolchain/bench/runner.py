@@ -159,14 +159,12 @@ class _Bench:
         return {index: rate for index, rate in rates.items() if rate}
 
     def _run_server_turn(self, index: int, item: Running, qps: float, is_search: bool) -> None:
-        if item.worker is None:
-            self._start_process(index, item)
-        assert item.worker is not None
+        worker = self._ensure_worker(index, item)
         work = server.plan(len(item.server), qps, is_search, self._singles, self._protocol)
         count = len(work.sentences)
         timeout_s = TURN_TIMEOUT_S + work.arrivals_us[-1] / 1e6 + 10 * item.sentence_s * count
-        with item.noise.watch([item.worker.pid]):
-            reply = item.worker.ask(work.message(self._protocol.batch_size), timeout_s)
+        with item.noise.watch([worker.pid]):
+            reply = worker.ask(work.message(self._protocol.batch_size), timeout_s)
         time.sleep(SETTLE_S)
         self._record(index, SERVER, {"qps": qps, "is_search": is_search, "planned": count, **reply}, len(item.server))
 
@@ -250,6 +248,13 @@ class _Bench:
         time.sleep(SETTLE_S)
         self._record(index, "start", {**ready, "sentence_s": statistics.mean(reply["us"][0]) / 1e6})
 
+    def _ensure_worker(self, index: int, item: Running) -> Worker:
+        """Returns the cell's process; starts one if none runs."""
+        if item.worker is None:
+            self._start_process(index, item)
+        assert item.worker is not None
+        return item.worker
+
     def _open_worker(self, item: Running) -> Worker:
         """Returns a new process for the cell; the process has not loaded the session yet."""
         backend = self._backends[item.cell.runtime]
@@ -300,9 +305,7 @@ class _Bench:
             self._run_action(index, self._stop_process)
 
     def _run_turn(self, index: int, item: Running, turn: int, work: Turn) -> None:
-        if item.worker is None:
-            self._start_process(index, item)
-        assert item.worker is not None
+        worker = self._ensure_worker(index, item)
         single = work.kind == SINGLE
         earlier_replies = item.turns.get(work.kind, {})
         message = {
@@ -319,8 +322,8 @@ class _Bench:
             "resident": single and item.cell.provider != "cpu",
         }
         expected_s = item.sentence_s * sum(map(len, work.batches))
-        with item.noise.watch([item.worker.pid]):
-            reply = item.worker.ask(message, TURN_TIMEOUT_S + 10 * (expected_s + work.min_s))
+        with item.noise.watch([worker.pid]):
+            reply = worker.ask(message, TURN_TIMEOUT_S + 10 * (expected_s + work.min_s))
         time.sleep(SETTLE_S)
         if single:
             reply["answered"] = [i for batch in work.batches for i in batch]

@@ -89,7 +89,7 @@ class Outcome:
     @property
     def samples(self) -> Samples:
         """Returns the latencies."""
-        return Samples.from_single([list(turn.us) for turn in self.turns])
+        return _samples_of(self.turns)
 
     def fact(self, protocol: Protocol) -> dict[str, Any]:
         """Returns the fact ``server`` of the cell; see `toolchain.results.facts.Server`."""
@@ -145,11 +145,11 @@ def next_rate(turns: Sequence[Turn], protocol: Protocol, single_qps: float) -> t
         return None
     if not final:
         qps, has_ended = _search(turns, limit, single_qps)
-        return (_rounded(qps), not has_ended) if qps >= lowest else None
+        return (_round_rate(qps), not has_ended) if qps >= lowest else None
     qps = final[0].qps
     if all(turn.planned == len(turn.us) for turn in final) and len(final) < ROUNDS:
         return qps, False
-    return None if _keeps(final, limit) or qps / RESOLUTION < lowest else (_rounded(qps / RESOLUTION), False)
+    return None if _keeps(final, limit) or qps / RESOLUTION < lowest else (_round_rate(qps / RESOLUTION), False)
 
 
 def outcome(turns: Sequence[Turn], protocol: Protocol) -> Outcome:
@@ -189,9 +189,13 @@ def _last_rate(turns: Sequence[Turn]) -> list[Turn]:
 def _keeps(turns: Sequence[Turn], p99_ms: float) -> bool:
     """Returns whether the turns answered all queries, and the p99 of their latencies is at most `p99_ms`."""
     complete = all(turn.planned == len(turn.us) for turn in turns)
-    return complete and Outcome(0.0, turns).samples.milliseconds()["p99"] <= p99_ms
+    return complete and _samples_of(turns).milliseconds()["p99"] <= p99_ms
 
 
-def _rounded(qps: float) -> float:
+def _samples_of(turns: Sequence[Turn]) -> Samples:
+    return Samples.from_single([list(turn.us) for turn in turns])
+
+
+def _round_rate(qps: float) -> float:
     """Returns the rate with four significant digits, as reports show it."""
     return float(f"{qps:.4g}")

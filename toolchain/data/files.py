@@ -75,7 +75,7 @@ class Texts:
 
     @property
     def digest(self) -> str:
-        """Returns an id of the texts: name and sha256 of the file or folder, and the columns that the user named."""
+        """Returns an id of the texts. It has the file's name and sha256, and the columns that the user named."""
         return ":".join([Path(self.file).name, self.sha256, *self.columns])
 
     def count(self) -> int | None:

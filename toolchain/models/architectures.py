@@ -99,7 +99,7 @@ UNPRUNABLE = {
 
 # Maps each architecture whose exported graph ONNX Runtime cannot run to the sentence that gives the user the reason.
 UNEXPORTABLE = {
-    "longformer": "{model} divides a text into windows, and no exporter can write a graph for any number of windows.",
+    "longformer": "{model} splits a text into windows, and no exported graph works for every number of windows.",
 }
 
 

@@ -128,7 +128,7 @@ def _data_component(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _runtime_components(body: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Returns the packages of all lock files of the bundle: its run time, in the versions with which it was tested."""
+    """Returns all packages that the lock files of the bundle name, with the releases that the tests use."""
     pinned = sorted({pin for lock in folder.rglob(LOCK) for pin in _PINNED.findall(lock.read_text(encoding="utf-8"))})
     components = [_library("pypi", name, version, "required") for name, version in pinned]
     if body["target"] == "web":

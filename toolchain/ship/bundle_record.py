@@ -38,9 +38,13 @@ class TensorRecord:
 @partial
 @dataclass(frozen=True)
 class ModelRecord:
-    """A model of a bundle: its variant, its file, its inputs and its outputs.
+    """A model in a bundle.
 
     Attributes:
+        variant: Name of the variant.
+        file: Path of the model file in the bundle.
+        inputs: Inputs of the graph.
+        outputs: Outputs of the graph.
         app_settings: Settings with which an app runs the model, from a session file; None without them.
     """
 
