@@ -116,7 +116,7 @@ SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # A client's environment has no pip: the one of .venv installs into it, which takes seconds less for each environment.
 NEW = $(PYTHON) -m venv --without-pip $(CLIENTS)
 INTO = $(BIN)/pip --disable-pip-version-check -q --python $(CLIENTS)
-test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, servers, ARM)
+test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, servers, ARM, C)
 	$(BIN)/python -c 'import sys, pathlib; from toolchain.ship.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
 		"$(EXPORTED)/.cache"
 	$(NEW)/python
@@ -134,6 +134,7 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(NEW)/phone
 	$(INTO)/phone install onnxruntime==1.17.3 'numpy<2' tokenizers==0.22.2
 	tests/clients/arm_root.sh $(CLIENTS)/arm $(BIN)/pip
+	tests/clients/c_header.sh $(CLIENTS)/c
 # Both releases of transformers, with the dependencies that differ; PyTorch and the rest are those of .venv.
 	for release in 4 5; do \
 		$(NEW)/transformers$$release && \

@@ -4,8 +4,8 @@
     python benchmarks/answers.py
 
 Each client runs the bundle for its target as it is. Node, the browser and the servers get texts, and the runner of the
-bundle classifies texts in the Pythons. OpenVINO and onnxruntime-web on WebGPU get the token ids of the texts. qemu
-emulates the other processors, and SwiftShader the graphics processor. The script writes
+bundle classifies texts in the Pythons. OpenVINO, the C program and onnxruntime-web on WebGPU get the token ids of the
+texts. qemu emulates the other processors, and SwiftShader the graphics processor. The script writes
 benchmarks/studies/answers-reference.json.
 """
 
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -37,6 +39,7 @@ from toolchain.system import hardware
 sys.path.insert(0, str(ROOT / "tests"))
 import emulated
 import servers
+from c_program import compile_program
 from chromium import WEBGPU_FLAGS, Chromium
 from demo_page import serve
 
@@ -107,7 +110,7 @@ def ask_python(study: Study, variant: str) -> list[str]:
 
 def ask_runner(study: Study, variant: str, python: list[str]) -> list[str]:
     """Returns the answers of the runner in the bundle for Python, started with `python`."""
-    bundle, texts = study.bundle("python", INT8, FP32), study.file("texts.json", study.texts)
+    bundle, texts = study.bundle("python", INT8, FP32, OTHER), study.file("texts.json", study.texts)
     return list(run_process(*python, SCRIPTS / "bare.py", bundle, variant, texts)["answers"])
 
 
@@ -176,6 +179,17 @@ def ask_openvino(study: Study, variant: str) -> list[str]:
     return study.name_labels(output["answers"])
 
 
+def ask_c(study: Study, variant: str) -> list[str]:
+    """Returns the answers of the C program in the README of the bundle for other runtimes."""
+    bundle, folder = study.bundle("other", variant), study.folder / "c"
+    folder.mkdir()
+    program = compile_program(bundle, folder, INSTALLED)
+    environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1"}
+    commands = ([program, *map(str, ids)] for ids in study.encode())
+    outputs = (subprocess.check_output(each, cwd=bundle, env=environment, text=True) for each in commands)
+    return [output.strip() for output in outputs]
+
+
 def ask_triton(study: Study, variant: str) -> list[str]:
     """Returns the answers of Triton, with a Python backend in the place of its ONNX Runtime backend."""
     return _ask_server(study, variant, servers.triton, study.bundle("server", INT8, FP32) / "repository")
@@ -222,9 +236,10 @@ CLIENTS: dict[str, tuple[str, Callable[[Study, str], list[str]]]] = {
     "KServe": (INT8, ask_kserve),
     "MLflow": (INT8, ask_mlflow),
     "OpenVINO": (OTHER, ask_openvino),
+    "C": (OTHER, ask_c),
 }
-# Each answer is compared with that of the variant that has the same weights and the same precision in Python.
-COMPARED_WITH = {INT8: INT8, WEBGPU: FP32, OTHER: INT8}
+# Each answer is compared with that of the same variant in Python, or of a variant with the same weights and precision.
+COMPARED_WITH = {INT8: INT8, WEBGPU: FP32, OTHER: OTHER}
 
 
 @click.command()
@@ -242,7 +257,7 @@ def main(sentences: int, chosen: tuple[str, ...], exported: Path) -> None:
     workspace = Workspace.open("reference", exported)
     with tempfile.TemporaryDirectory() as scratch, bar("clients") as progress:
         study = Study(workspace, Path(scratch), list(inputs.load_embedded().texts[:sentences]))
-        expected = {variant: ask_python(study, variant) for variant in (INT8, FP32)}
+        expected = {variant: ask_python(study, variant) for variant in (INT8, FP32, OTHER)}
         rows = json.loads(STUDY.read_text())["rows"] if chosen else {}
         for done, (client, (variant, ask)) in enumerate(CLIENTS.items()):
             if chosen and client not in chosen:

@@ -282,8 +282,8 @@ class Scene:
         with self.folder() as folder:
             log = folder.parent / "strace.txt"
             self.server.run(self.command, folder, ["-e", f"trace={','.join(CALLS)}", "-o", str(log)])
-            counts = Counter(tuple(line.split("(")[0].split()) for line in log.read_text().splitlines() if "(" in line)
-        return {call: max((n for (_, c), n in counts.items() if c == call), default=0) for call in CALLS}
+            calls = Counter(re.findall(r"^(\d+) (\w+)\(", log.read_text(), re.MULTILINE))  # thread and call
+        return {call: max((n for (_, c), n in calls.items() if c == call), default=0) for call in CALLS}
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Tests of escaping: text from a file acts neither on a terminal, nor as Markdown, nor as a formula."""
 
+import ast
 import json
 import unicodedata
 
@@ -13,6 +14,7 @@ from toolchain.system.escaping import (
     escape_formula,
     escape_line,
     escape_markdown,
+    format_c_string,
     format_markdown_code,
     to_json,
 )
@@ -77,6 +79,14 @@ def test_a_code_span_shows_the_text(text):
     assert [child.type for child in children] == ["text", "code_inline", "text"] or not text.strip()
     if text.strip():
         assert children[1].content.strip() == escape_line(text).strip()
+
+
+@given(texts | st.lists(st.sampled_from([*MARKUP, "??/", '"', "7", "\ud800"]), max_size=12).map("".join))
+def test_a_string_of_c_has_the_bytes_of_the_text_and_ends_no_block(text):
+    string = format_c_string(text)
+    assert ast.literal_eval(f"b{string}") == text.encode(errors="surrogatepass")  # Python has the same escapes
+    assert "??" not in string
+    assert [token.type for token in PARSER.parse(f"```c\n{string}\n```\n")] == ["fence"]
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\r=1"])

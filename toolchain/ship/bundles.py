@@ -49,7 +49,7 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER
 from toolchain.ship.targets.uses import oldest_release, read_needs
 from toolchain.ship.tokenizer_graph import comparison, with_tokenizer
 from toolchain.system.decoding import decode_object, read_bytes
-from toolchain.system.escaping import escape_line, escape_markdown, format_markdown_code, to_json
+from toolchain.system.escaping import escape_line, escape_markdown, format_c_string, format_markdown_code, to_json
 from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
@@ -360,6 +360,7 @@ def template_environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["c_string"] = format_c_string
     environment.filters["json"] = to_json
     environment.filters["line"] = escape_line
     environment.filters["markdown"] = escape_markdown

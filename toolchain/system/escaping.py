@@ -15,6 +15,8 @@ _RAW_IN_JSON = re.compile(f"[\x7f-\x9f\u2028\u2029{DIRECTION}]")  # `json.dumps`
 # Markdown: characters that are markup anywhere, and `_MARKDOWN_START`: characters that are markup only in front.
 _MARKDOWN = re.compile(r"[\\`*<>&~|]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
 _MARKDOWN_START = re.compile(r"^(?:([#=\[]|[-+](?=[\s-]|$))|(\d+)([.)])(?=\s|$))")
+# The bytes that need an escape in a string of C in Markdown. `?` could begin a trigraph.
+_ACTIVE_IN_C = re.compile(rb"[^A-Za-z0-9 _.,:;()+*/=<>-]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # A spreadsheet reads a text that begins with these as a formula.
 
 
@@ -58,6 +60,15 @@ def format_markdown_code(text: str) -> str:
     longest = max(map(len, re.findall("`+", text)), default=0)
     space = " " if longest or not text.strip() else ""
     return f"{'`' * (longest + 1)}{space}{text}{space}{'`' * (longest + 1)}"
+
+
+def format_c_string(text: str) -> str:
+    """Returns the UTF-8 text as a string of the language C, with an escape for each byte that may act there.
+
+    A block of Markdown can contain the string, because backticks and line breaks are escaped as well.
+    """
+    content = _ACTIVE_IN_C.sub(lambda match: b"\\%03o" % match[0][0], text.encode(errors="surrogatepass"))
+    return f'"{content.decode("ascii")}"'
 
 
 def escape_formula(text: str) -> str:
