@@ -3,8 +3,11 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import make_checkpoint
@@ -221,6 +224,15 @@ def test_a_study_ignores_trials_outside_its_search_space(tmp_path, monkeypatch):
     with open_study(path, "latency", 1.0, ["model", "train"], quiet) as study:
         assert study.outcomes == {}
         study.ask(None)
+
+
+def test_a_search_needs_no_lock_file_of_optuna(tmp_path):
+    """Earlier releases left this link when they were killed at the wrong moment, and the next search never ended."""
+    path = tmp_path / "study"
+    Path(f"{path}.lock").symlink_to("nowhere")
+    code = "import sys, pathlib; from toolchain.tuning.study import open_study\n"
+    code += "with open_study(pathlib.Path(sys.argv[1]), 'latency', 1.0, ['model'], print) as study: study.ask(None)"
+    subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
 
 
 def test_near_the_limit_the_search_trains_longer_before_it_raises_the_ratio():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from toolchain.artifacts.publishing import lock
 from toolchain.errors import ArtifactError, first_line
@@ -262,6 +262,19 @@ def _distributions(objective: str) -> dict[str, BaseDistribution]:
     return {name: CategoricalDistribution(list(values)) for name, values in SPACE[objective].items()}
 
 
+class _HeldLock:
+    """Takes the place of the lock file of Optuna, because this process already holds a lock on the study's file.
+
+    A killed process would leave Optuna's lock file, and the next search would then wait for ever.
+    """
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        """Does nothing."""
+
+
 @contextmanager
 def open_study(
     path: Path, objective: str, max_drop: float, identity: Sequence[str], on_wait: Callable[[], None]
@@ -280,7 +293,7 @@ def open_study(
     """
     import optuna
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     optuna.logging.set_verbosity(logging.ERROR)
     with lock(path, on_wait):
@@ -290,7 +303,7 @@ def open_study(
         name = "/".join([objective, f"{max_drop:g}", *identity, space])
         try:
             _check_lines(path)
-            storage = JournalStorage(JournalFileBackend(str(path)))
+            storage = JournalStorage(JournalFileBackend(str(path), cast(JournalFileOpenLock, _HeldLock())))
             stored = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
             study = Study(stored, objective, max_drop)
         except OSError as error:
