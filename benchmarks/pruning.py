@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import figures
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -126,25 +127,17 @@ def table(body: dict[str, Any]) -> str:
 
 def plot(body: dict[str, Any], path: Path) -> None:
     """Plots accuracy by ratio with a line for each method; a band shows the unpruned model's 95 % Wilson interval."""
-    import matplotlib as mpl
-    from matplotlib import pyplot
-
     total, unpruned = body["data"]["sentences"], body["rows"][0]["right"]
-    mpl.rcParams.update({"svg.hashsalt": "pruning", "svg.fonttype": "none", "font.family": "sans-serif"})
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     interval = stats.binomtest(unpruned, total).proportion_ci(method="wilson")
-    axes.axhspan(100 * interval.low, 100 * interval.high, color="0.92", label="unpruned, 95 % interval")
-    axes.axhline(100 * unpruned / total, color="0.6", linewidth=1)
-    for method, style in zip((*METHODS, RECOVERY), ("o-", "o:", "s--", "x-", "*"), strict=True):
-        rows = [row for row in body["rows"] if row["method"] == method]
-        accuracies = [100 * row["right"] / total for row in rows]
-        axes.plot([100 * row["ratio"] for row in rows], accuracies, style, label=method, markersize=6)
-    axes.set_xlabel("pruning ratio: % of the encoder's linear parameters removed (for mask: set to zero)")
-    axes.set_ylabel(f"accuracy on {total} sentences, %")
-    axes.legend(loc="lower left", frameon=False)
-    axes.grid(axis="y", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
+    ratio_label = "pruning ratio: % of the encoder's linear parameters removed (for mask: set to zero)"
+    with figures.axes(path, ratio_label, f"accuracy on {total} sentences, %") as axes:
+        axes.axhspan(100 * interval.low, 100 * interval.high, color="0.92", label="unpruned, 95 % interval")
+        axes.axhline(100 * unpruned / total, color="0.6", linewidth=1)
+        for method, style in zip((*METHODS, RECOVERY), ("o-", "o:", "s--", "x-", "*"), strict=True):
+            rows = [row for row in body["rows"] if row["method"] == method]
+            accuracies = [100 * row["right"] / total for row in rows]
+            axes.plot([100 * row["ratio"] for row in rows], accuracies, style, label=method, markersize=6)
+        axes.legend(loc="lower left", frameon=False)
 
 
 @click.command()

@@ -21,6 +21,7 @@ OUTSIDE = (
     "CHANGELOG.md",
     "benchmarks/reports/reference.html",
     "benchmarks/reports/reference/accuracy-latency.svg",
+    "benchmarks/studies/memory-reference.svg",
     "benchmarks/studies/pruning-reference.svg",
 )
 PYTHON = "reference/python"

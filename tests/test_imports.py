@@ -24,7 +24,7 @@ FLOORS = [
     {"models", "passes"},
     {"backends", "exporters"},
     {"training"},
-    {"pruning", "quantization"},
+    {"exits", "pruning", "quantization"},
     {"build"},
     {"bench", "compare", "finetune"},
     {"ship", "tuning"},

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from exit_graphs import add_exits, expected_logits, make_head, open_model
 from tiny_architectures import ARCHITECTURES, PLAIN, POSITIONAL, PRUNABLE, TYPED, make
 
 from toolchain import exporters, passes
@@ -26,6 +27,7 @@ from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import CheckpointError, GraphError, PruningError
 from toolchain.models import architectures
+from toolchain.passes.exits import hidden_states
 from toolchain.passes.model_shape import context_of
 from toolchain.passes.quantize_linear import layers_of
 from toolchain.progress import no_bar
@@ -193,6 +195,31 @@ def test_padding_on_the_right_changes_no_logits(workspace, kind):
                 session.run(pad([row], encoder.names, encoder.pad_id, width=width)) for width in (0, 40)
             )
             assert np.abs(padded - own_width).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_texts_exit_behind_each_layer(workspace, kind):
+    model_workspace = workspace(kind)
+    encoder = Encoder.open(model_workspace.path("onnx-fp32"), ARCHITECTURES[kind].inputs, 128)
+    batch = pad(encoder.encode(TEXTS), encoder.names, encoder.pad_id)
+    layers, width = {"minilm": (3, 48), "albert": (6, 32), "mobilebert": (2, 64), "modernbert": (3, 32)}.get(
+        kind, (2, 32)
+    )
+    for name in ("onnx-std", "onnx-fp32", "onnx-int8"):
+        path = model_workspace.path(name) / "model.onnx"
+        states = hidden_states(passes.read(path))
+        assert len(states) == layers
+        heads = [make_head(layer, 0.9, seed=3, width=width) for layer in range(len(states))]
+        with_exits = add_exits(path, *heads)
+        logits = open_model(with_exits).run(None, batch)[0]
+        if name != "onnx-int8":  # a batch of int8 texts shares its scales, also with texts that leave
+            assert np.abs(logits - expected_logits(path, heads, batch)[0]).max() < 1e-4
+        products = [
+            Counter(node.op_type for node in model.graph.all_nodes())
+            for model in (graph(model_workspace, name), with_exits)
+        ]
+        for operator in ("LayerNormalization", "Attention", "MultiHeadAttention", "DynamicQuantizeMatMul"):
+            assert products[0][operator] == products[1][operator]  # no layer stands in the graph twice
 
 
 def test_token_types_are_an_input_only_of_models_that_use_them(tmp_path):

@@ -32,6 +32,16 @@ def summarize_recovery(facts: Mapping[str, Any]) -> str:
     )
 
 
+def summarize_exits(facts: Mapping[str, Any]) -> str:
+    """Returns a one-line summary of the fact ``exits``."""
+    places = [f"after layer {layer}" if layer else "after the embeddings" for layer in facts["layers"]]
+    shares = ", ".join(f"{share:.0%} {place}" for share, place in zip(facts["shares"], places, strict=True))
+    return (
+        f"Of {facts['held_out_rows']} held-out rows, {shares} exit with a confidence of at least "
+        f"{facts['confidence']:g}; accuracy drop {facts['drop']:.2f} points, expected work {facts['work']:.0%}"
+    )
+
+
 def summarize_vocabulary(facts: Mapping[str, Any]) -> str:
     """Returns a one-line summary of the fact ``vocabulary``."""
     return (

@@ -28,6 +28,25 @@ class Recovery(TypedDict):
 
 
 @open_record
+class ExitPoint(TypedDict):
+    """The effect of exits with one confidence on held-out rows."""
+
+    confidence: Amount
+    drop: float
+    shares: list[Amount]
+    work: Amount
+
+
+@open_record
+class ExitsFact(ExitPoint):
+    """The fact ``exits``: the layers of the exits, the chosen confidence, and the effect of other confidences."""
+
+    layers: list[Count]
+    held_out_rows: Count
+    curve: list[ExitPoint]
+
+
+@open_record
 class LayerSensitivity(TypedDict):
     """The effect of quantising one layer alone."""
 
@@ -51,6 +70,7 @@ class ArtifactFacts(TypedDict):
     int8_headroom: NotRequired[Amount]
     pruning: NotRequired[PruningFact]
     recovery: NotRequired[Recovery]
+    exits: NotRequired[ExitsFact]
     vocabulary: NotRequired[Vocabulary]
     sensitivity: NotRequired[list[LayerSensitivity]]
     kept_fp32: NotRequired[list[Line]]

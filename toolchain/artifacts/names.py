@@ -1,9 +1,9 @@
 """Names of variants.
 
 Name grammar:
-``<runtime>[-std|-webgpu][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable|-static][+<label>]``. In ``-prunedNN``,
-NN is the pruning ratio in per cent; in ``-rE``, E is the number of recovery epochs. A name with ``-std``, ``-webgpu``
-or ``-prunedNN``, or with the runtime ``torch-compile``, omits ``-fp32``.
+``<runtime>[-std|-webgpu][-prunedNN[-rE][-magnitude|-mask]][-exits][-<scheme>][-portable|-static][+<label>]``. In
+``-prunedNN``, NN is the pruning ratio in per cent; in ``-rE``, E is the number of recovery epochs. A name with
+``-std``, ``-webgpu``, ``-prunedNN`` or ``-exits``, or with the runtime ``torch-compile``, omits ``-fp32``.
 
 A label distinguishes variants that have the same tags and different settings. A variant built from a labelled variant
 keeps that label, or appends a hyphen and another word to it.
@@ -36,6 +36,7 @@ class Parts:
         pruned: Pruning ratio in per cent; 0 for an unpruned model.
         recovered: Number of recovery epochs; 0 without recovery.
         method: Pruning method, one of `METHODS`.
+        exits: Whether texts can skip the last layers of the ONNX graph.
         scheme: Tag of the quantisation scheme, one of `SCHEMES`; ``fp32`` without quantisation.
         portable: Whether the int8 weights have 7 bits, so that their products never saturate.
         static: Whether the int8 activation scales are fixed.
@@ -48,6 +49,7 @@ class Parts:
     pruned: int = 0
     recovered: int = 0
     method: str = METHODS[0]
+    exits: bool = False
     scheme: str = "fp32"
     portable: bool = False
     static: bool = False
@@ -64,6 +66,7 @@ class Parts:
             tags.append(f"pruned{self.pruned:02}")
             tags += [f"r{self.recovered}"] if self.recovered else []
             tags += [self.method] if self.method != METHODS[0] else []
+        tags += ["exits"] if self.exits else []
         if self.scheme != "fp32" or not (tags or self.runtime == COMPILED):
             tags.append(self.scheme)
         tags += ["portable"] if self.portable else []
@@ -74,7 +77,7 @@ class Parts:
 _NAME = re.compile(
     rf"(?P<runtime>{'|'.join(RUNTIMES)})(?P<std>-std)?(?P<webgpu>-webgpu)?"
     rf"(-pruned(?P<pruned>\d\d)(-r(?P<recovered>\d{{1,6}}))?(-(?P<method>{'|'.join(METHODS)}))?)?"
-    rf"(-(?P<scheme>{'|'.join(SCHEMES)}))?(?P<portable>-portable)?(?P<static>-static)?(\+(?P<label>{LABEL}))?",
+    rf"(?P<exits>-exits)?(-(?P<scheme>{'|'.join(SCHEMES)}))?(?P<portable>-portable)?(?P<static>-static)?(\+(?P<label>{LABEL}))?",
     re.ASCII,
 )
 
@@ -114,6 +117,7 @@ def _parse(text: str) -> Parts:
             int(match["pruned"] or 0),
             int(match["recovered"] or 0),
             match["method"] or METHODS[0],
+            bool(match["exits"]),
             match["scheme"] or "fp32",
             bool(match["portable"]),
             bool(match["static"]),

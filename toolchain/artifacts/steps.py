@@ -270,7 +270,38 @@ class Compile:
     """Runs a PyTorch model with `torch.compile`; the weights are those of the parent."""
 
 
-Step = Import | Prune | Recover | Export | Optimize | Quantize | Compile
+@strict
+@dataclass(frozen=True)
+class Exits:
+    """Adds exits to the ONNX graph of a text classifier, behind which sure texts skip the other layers.
+
+    The heads of the exits learn from the logits of the graph itself, on training rows. The confidence from which a text
+    exits is chosen on held-out rows.
+
+    Attributes:
+        layers: Numbers of encoder layers before the exits, ascending; 0 for an exit after the embeddings. None lets the
+            step choose them.
+        max_drop: Largest accuracy drop below the parent on the held-out rows, in percentage points.
+        train: Digest of the training data, as in `Prune`.
+        sentences: Number of training rows for the heads.
+        seed: Random seed of the heads.
+
+    Raises:
+        SettingsError: The layers are not ascending, or there is none.
+    """
+
+    layers: tuple[int, ...] | None = None
+    max_drop: float = 0.5
+    train: str = ""
+    sentences: int = 20_000
+    seed: int = 20
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
+            raise SettingsError("--layers needs different numbers in ascending order.", "Give layers such as 1,3.")
+
+
+Step = Import | Prune | Recover | Export | Optimize | Quantize | Exits | Compile
 
 STEP_TYPES: dict[str, type[Step]] = {
     "import": Import,
@@ -279,15 +310,16 @@ STEP_TYPES: dict[str, type[Step]] = {
     "export": Export,
     "optimize": Optimize,
     "quantize": Quantize,
+    "exits": Exits,
     "compile": Compile,
 }
 
 
-def uses_training_data(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
+def uses_training_data(step: Step) -> TypeGuard[Prune | Recover | Quantize | Exits]:
     """Returns whether the result of the step depends on training data."""
     if isinstance(step, Quantize):
         return bool(step.keep_fp32 or step.trim_vocab) or step.scheme == "static"
-    return isinstance(step, Recover) or (isinstance(step, Prune) and step.method != "mask")
+    return isinstance(step, Recover | Exits) or (isinstance(step, Prune) and step.method != "mask")
 
 
 def step_name(step: Step) -> str:

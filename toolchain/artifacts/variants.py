@@ -17,6 +17,7 @@ from toolchain.artifacts.steps import (
     PROVIDERS,
     QUANTIZED,
     Compile,
+    Exits,
     Export,
     Import,
     Optimize,
@@ -49,9 +50,9 @@ class Variant:
 
         Returns:
             ``exact`` (equal up to fp32 rounding), ``close`` (few flips, for variants with fewer bits), or ``free`` (no
-            limit, because pruning and recovery change the model).
+            limit, because pruning, recovery and exits change the model).
         """
-        if isinstance(self.step, Prune | Recover):
+        if isinstance(self.step, Prune | Recover | Exits):
             return "free"
         return "exact" if self.name.parts.scheme == "fp32" else "close"
 
@@ -109,7 +110,7 @@ class _Kind:
         return same_runtime and self.tags <= tags <= self.tags | self.optional
 
 
-_TAGS = ("std", "webgpu", "pruned", "recovered", "portable", "static")
+_TAGS = ("std", "webgpu", "pruned", "recovered", "exits", "portable", "static")
 _NO_TAGS: frozenset[str] = frozenset()
 _PRUNING_TAGS = frozenset({"pruned", "recovered"})
 _WEBGPU_TAGS = frozenset({"webgpu"})
@@ -213,6 +214,15 @@ _KINDS = (
         lambda _: Quantize(scheme="int4"),
         ("cpu",),
     ),
+    _Kind(
+        "onnx",
+        ("fp32", "int8", "int4"),
+        frozenset({"exits"}),
+        _PRUNING_TAGS | {"std", "portable", "static"},
+        {"exits": False},
+        lambda _: Exits(),
+        ("cpu",),
+    ),
 )
 
 
@@ -309,6 +319,8 @@ def _changed_parts(step: Step) -> dict[str, Any]:
             return {"std": False, "webgpu": step.provider == "webgpu", "scheme": "fp16" if is_half else "fp32"}
         case Compile():
             return {"runtime": COMPILED}
+        case Exits():
+            return {"exits": True}
         case Quantize():
             return {
                 "runtime": _BACKEND_RUNTIMES[step.backend],
@@ -327,6 +339,7 @@ _PARENT_DESCRIPTIONS = {
     Export: "a PyTorch variant such as torch-fp32",
     Optimize: "an exported graph such as onnx-std, or onnx-webgpu for fp16 on WebGPU",
     Compile: "a PyTorch variant in fp32, bf16 or fp16, such as torch-fp32",
+    Exits: "an ONNX graph for CPUs such as onnx-int8 or onnx-pruned50",
     Quantize: "an fp32 graph such as onnx-fp32, onnx-pruned50 or onnx-std (--backend ort), onnx-webgpu (--scheme int4 "
     "and fp16), an fp32 PyTorch variant such as torch-pruned50 (torch and torchao), or torch-fp32 (bnb)",
 }

@@ -249,13 +249,13 @@ def _floor_fact(
 ) -> dict[str, Any]:
     """Returns the fact ``roofline``; empty for a GPU row, or if the model's parameter counts are unknown.
 
-    The fact ``roofline`` holds the median number of multiply-accumulates per sentence and the bytes of weights. If the
-    runtime's rates are known, the fact ``roofline`` also holds the floor (the median lower bound on the time of a
-    sentence, in milliseconds). If the runtime's rates are known, the fact ``roofline`` also holds the floor divided by
+    The work of a variant with exits depends on the text, so its fact is empty as well. The fact ``roofline`` holds the
+    median number of multiply-accumulates per sentence and the bytes of weights. If the runtime's rates are known, it
+    also holds the floor (the median lower bound on the time of a sentence, in milliseconds), and the floor divided by
     the row's p50.
     """
     artifact = workspace.load(row.variant)
-    if row.provider != "cpu" or artifact is None:
+    if row.provider != "cpu" or artifact is None or artifact.manifest.variant.parts.exits:
         return {}
     lineage = [workspace.load(variant.name) for variant in workspace.lineage(row.variant)]
     torch = [ancestor for ancestor in lineage if ancestor and ancestor.manifest.variant.parts.is_torch_fp32]

@@ -20,6 +20,7 @@ from toolchain.artifacts import fact_summaries, publishing, store, variants
 from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.steps import (
     Compile,
+    Exits,
     Export,
     Import,
     Optimize,
@@ -35,7 +36,7 @@ from toolchain.artifacts.variants import Variant
 from toolchain.backends.ort import saturates
 from toolchain.build import alternatives, onnx_metadata, trimming
 from toolchain.build.job import Job, StepResult
-from toolchain.build.steps import compiling, export, importing, optimize, prune, quantize, recover
+from toolchain.build.steps import compiling, exits, export, importing, optimize, prune, quantize, recover
 from toolchain.build.steps.validate import validation_summary
 from toolchain.build.validating import validate_artifact
 from toolchain.build.workspace import Workspace
@@ -55,6 +56,7 @@ STEPS: dict[type[Step], tuple[Callable[[Job[Any]], StepResult], int]] = {
     Export: (export.export, export.VERSION),
     Optimize: (optimize.optimize, optimize.VERSION),
     Quantize: (quantize.quantize, quantize.VERSION),
+    Exits: (exits.add_exits, exits.VERSION),
     Compile: (compiling.keep_model, compiling.VERSION),
 }
 
@@ -226,11 +228,13 @@ def skip_fresh_events(say: Say) -> Say:
 
 
 def _step_summary(step: Step, facts: Mapping[str, Any]) -> str:
-    """Returns a summary of pruning, recovery or vocabulary trimming; empty for other steps."""
+    """Returns a summary of pruning, recovery, exits or vocabulary trimming; empty for other steps."""
     if isinstance(step, Prune):
         return fact_summaries.summarize_pruning(facts["pruning"])
     if isinstance(step, Recover):
         return fact_summaries.summarize_recovery(facts["recovery"])
+    if isinstance(step, Exits):
+        return fact_summaries.summarize_exits(facts["exits"])
     trimmed = isinstance(step, Quantize) and step.trim_vocab
     return fact_summaries.summarize_vocabulary(facts["vocabulary"]) if trimmed else ""
 

@@ -10,6 +10,7 @@ from toolchain.artifacts.steps import Step
 from toolchain.artifacts.store import copy_companions
 from toolchain.build.job import Job, StepResult
 from toolchain.passes import facts, read, rewrite, write
+from toolchain.passes.exits import ExitHead
 from toolchain.passes.model_shape import context_of
 from toolchain.passes.quantize_static import Activation
 
@@ -20,6 +21,7 @@ def rewrite_parent_graph(
     keep: Collection[str] = (),
     activations: Mapping[str, Activation] = MappingProxyType({}),
     tokens: Sequence[int] = (),
+    exits: Sequence[ExitHead] = (),
 ) -> StepResult:
     """Rewrites the parent's graph, and writes it with config and tokenizer into the job's folder.
 
@@ -29,6 +31,7 @@ def rewrite_parent_graph(
         keep: Names of the linear layers that stay fp32.
         activations: Fixed quantisation of the inputs of linear layers, by the name of the input.
         tokens: Token ids that stay in a trimmed vocabulary, ascending; empty without trimming.
+        exits: Heads for the pass ``exits``, by ascending layer.
 
     Returns:
         The result. The fact ``rewrites`` of the result holds the number of rewrites that each pass made.
@@ -38,7 +41,9 @@ def rewrite_parent_graph(
     """
     parent = job.parent_artifact
     parent_context = context_of(parent.path)
-    context = replace(parent_context, keep=frozenset(keep), activations=activations, tokens=tuple(tokens))
+    context = replace(
+        parent_context, keep=frozenset(keep), activations=activations, tokens=tuple(tokens), exits=tuple(exits)
+    )
     graph, counts = rewrite(read(parent.onnx_path), passes, context)
     write(graph, job.folder / parent.onnx_path.name)
     copy_companions(parent, job.folder)

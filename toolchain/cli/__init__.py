@@ -21,6 +21,7 @@ from toolchain import __version__
 from toolchain.cli.bench import bench
 from toolchain.cli.compare import compare
 from toolchain.cli.doctor import doctor
+from toolchain.cli.exits import exits
 from toolchain.cli.export import export
 from toolchain.cli.finetune import finetune
 from toolchain.cli.output import echo, echo_error, echo_usage_error
@@ -50,6 +51,7 @@ for command in (
     export,
     prune,
     quantize,
+    exits,
     tune,
     bench,
     compare,

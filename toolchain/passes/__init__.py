@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.artifacts.manifest import TensorSpec
 from toolchain.errors import GraphError
 from toolchain.passes.attention import build_qattention
+from toolchain.passes.exits import ExitHead, exits
 from toolchain.passes.first_query import first_query
 from toolchain.passes.first_token import first_token
 from toolchain.passes.fuse import fuse
@@ -51,6 +52,7 @@ class Context:
         activations: Maps the name of each linear layer's input to the fixed quantisation of that input. Calibration
             chose the quantisation: a scale, a zero point, and, with SmoothQuant, one factor for each channel.
         tokens: Token ids that stay in a trimmed vocabulary, ascending.
+        exits: The heads of the exits, by ascending layer.
     """
 
     heads: int
@@ -58,6 +60,7 @@ class Context:
     keep: frozenset[str] = frozenset()
     activations: Mapping[str, Activation] = field(default_factory=dict)
     tokens: tuple[int, ...] = ()
+    exits: tuple[ExitHead, ...] = ()
 
 
 Pass = Callable[["ir.Model", Context], "tuple[ir.Model, int]"]
@@ -90,6 +93,7 @@ PASSES: dict[str, Pass] = {
     "quantize-linear-int4": partial(quantize_linear, product=build_int4_product),
     "quantize-embedding": partial(quantize_embedding, look_up=look_up_int8_rows),
     "quantize-embedding-int4": partial(quantize_embedding, look_up=look_up_int4_rows),
+    "exits": exits,
     "quantize-embedding-int4-webgpu": partial(quantize_embedding, look_up=partial(look_up_int4_rows, webgpu=True)),
 }
 
@@ -176,11 +180,11 @@ def facts(model: ir.Model) -> dict[str, Any]:
         counts. The entry `int8_headroom` says how far the int8 products stay below saturation. If `int8_headroom` is 1
         or more, no int8 product can saturate. The entry `int8_headroom` is absent if the graph has no int8 product.
     """
-    nodes = list(model.graph)
+    nodes = [inner for node in model.graph for inner in (node, *_nested_nodes(node))]
+    position = {node: index for index, node in enumerate(nodes)}
     last_norm = max((i for i, n in enumerate(nodes) if n.op_type == "LayerNormalization"), default=-1)
-    position = {inner: index for index, node in enumerate(nodes) for inner in (node, *_nested_nodes(node))}
     by_part, by_dtype = {"embeddings": 0, "encoder": 0, "head": 0}, Counter[str]()
-    for value in model.graph.initializers.values():
+    for value in (weight for graph in model.graphs() for weight in graph.initializers.values()):
         tensor = value.const_value
         users = value.consumers()
         if tensor is None or not users:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
+MASK = "attention_mask"  # name of the input that marks the tokens of a text
+
 
 def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     """Returns an initializer of the graph that holds `array`.

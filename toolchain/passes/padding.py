@@ -12,14 +12,14 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from toolchain.passes.attention import DOMAIN
-from toolchain.passes.graph import adder, constant, takes_first_token
+from toolchain.passes.graph import MASK, adder, constant, takes_first_token
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from toolchain.passes import Context
 
-IDS, MASK = "input_ids", "attention_mask"
+IDS = "input_ids"
 SHAPE = "Shape"
 FUSED = {"Attention", "MultiHeadAttention"}
 ROTARY = {"Cos", "Sin"}  # ModernBERT and EuroBERT rotate queries and keys by angles that depend on the position.

@@ -103,7 +103,7 @@ def headroom(model: ir.Model) -> float | None:
 
     worst_sum = 0
     has_product = False
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         reader, index = weight_of(node) or (None, 0)
         if reader is None:
             continue

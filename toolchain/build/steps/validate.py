@@ -84,7 +84,7 @@ def validate(
     The agreement ``exact`` requires finite logits and every |Δlogit| ≤ `TOLERANCE`. The agreement ``close`` requires
     finite logits and at most `allowed_flips` flips. For regression, it instead requires that no sentence's score moves
     by more than `MAX_SHIFT` standard deviations of the reference's scores. The agreement ``free`` requires only finite
-    logits, because pruning and recovery make another model.
+    logits, because pruning, recovery and exits make another model.
 
     Args:
         contender: Session of the artifact.
@@ -241,6 +241,6 @@ def validation_summary(report: dict[str, Any]) -> str:
     limits = {
         "exact": f"≤ {TOLERANCE:g} allowed",
         "close": f"≤ {allowed} allowed",
-        "free": "no limit, because pruning or recovery makes another model",
+        "free": "no limit, because pruning, recovery or exits make another model",
     }[report["agreement"]]
     return f"largest |Δlogit| {delta}, {changes}, {limits}"

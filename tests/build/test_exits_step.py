@@ -1,0 +1,160 @@
+"""Tests of the step that adds exits, and of the command `exits`."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import make_checkpoint
+
+from toolchain.artifacts.steps import Exits
+from toolchain.artifacts.variants import derive_variant, get
+from toolchain.backends import Place, open_session
+from toolchain.data import inputs
+from toolchain.data.encoding import Encoder, pad
+from toolchain.errors import SettingsError, UnknownVariantError
+from toolchain.progress import no_bar
+from toolchain.ship import shipping
+from toolchain.ship.bundle_files.verify import read_bundle
+from toolchain.ship.shipping import Order
+
+ROWS = 400
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A CSV with labelled sentences, which the tests use as training data."""
+    data = inputs.load_embedded()
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("sentence", "label"), *zip(data.texts[:ROWS], data.labels[:ROWS], strict=True)])
+    return path
+
+
+@pytest.fixture
+def run(say, tiny, tiny_checkpoint, rows, monkeypatch):
+    """Runs `toolchain exits` on the tiny model; returns exit code, output and messages.
+
+    The layers of the tiny model have fewer weights than an exit costs, so exits cost nothing here.
+    """
+    monkeypatch.setattr("toolchain.exits.choice.EXIT_WEIGHTS", 0)
+
+    def run_command(*arguments, train=rows):
+        model = ("--model", tiny_checkpoint, "--exported", tiny.exported)
+        return say("exits", *arguments, "--train-data", train, *model)
+
+    return run_command
+
+
+def manifest_of(workspace, name):
+    return json.loads((workspace.path(name) / "manifest.json").read_text())
+
+
+def test_names_tell_the_exits():
+    for name, parent in [
+        ("onnx-exits", "onnx-fp32"),
+        ("onnx-exits-int8", "onnx-int8"),
+        ("onnx-std-exits-int8", "onnx-std-int8"),
+        ("onnx-pruned73-r4-exits-int8", "onnx-pruned73-r4-int8"),
+        ("onnx-exits-int8-portable", "onnx-int8-portable"),
+        ("onnx-exits-int4", "onnx-int4"),
+    ]:
+        assert get(name).parent == parent
+        assert isinstance(get(name).step, Exits)
+        assert derive_variant(parent, Exits()).name == name
+    for parent in ("torch-fp32", "onnx-fp16", "onnx-webgpu", "onnx-exits-int8"):
+        with pytest.raises(UnknownVariantError):
+            derive_variant(parent, Exits())
+
+
+@pytest.mark.parametrize("layers", [(), (1, 0), (1, 1)])
+def test_layers_must_ascend(layers):
+    with pytest.raises(SettingsError, match="ascending"):
+        Exits(layers)
+
+
+def test_the_command_builds_a_variant_and_says_who_exits(run, tiny, rows):
+    code, out, err = run("--from", "onnx-fp32", "--max-drop", "50", "--layers", "0,1")
+    assert code == 0, err
+    assert out.split()[-1] == str(tiny.path("onnx-exits"))
+    assert "exit with a confidence of at least" in err
+    manifest = manifest_of(tiny, "onnx-exits")
+    facts = manifest["facts"]["exits"]
+    assert facts["layers"] == [0, 1]
+    assert facts["held_out_rows"] == ROWS // 10
+    assert facts["drop"] <= 50
+    assert facts["work"] < 1
+    assert manifest["facts"]["operators"]["If"] == 2
+    assert manifest["validation"]["agreement"] == "free"
+    code, _, err = run("--from", "onnx-fp32", "--max-drop", "50", "--layers", "0,1")
+    assert code == 0
+    assert "onnx-exits: fresh, skipped" in err
+
+
+def test_the_same_command_gives_the_same_bytes(run, tiny):
+    contents = []
+    for _ in range(2):
+        assert run("--from", "onnx-fp32", "--max-drop", "50", "--name", "again")[0] == 0
+        contents.append((tiny.path("onnx-exits+again") / "model.onnx").read_bytes())
+        (tiny.path("onnx-exits+again") / "manifest.json").unlink()
+        for file in tiny.path("onnx-exits+again").iterdir():
+            file.unlink()
+        tiny.path("onnx-exits+again").rmdir()
+    assert contents[0] == contents[1]
+
+
+def test_texts_of_a_batch_get_the_labels_that_they_get_alone(run, tiny):
+    assert run("--from", "onnx-fp32", "--max-drop", "50")[0] == 0
+    path = tiny.path("onnx-exits")
+    encoder = Encoder.open(path, ("input_ids", "attention_mask"), 512)
+    session = open_session(path, "onnx", Place("cpu", 1))
+    texts = encoder.encode(inputs.load_embedded().texts[:64])
+    alone = np.concatenate([session.run(pad([row], encoder.names, encoder.pad_id)) for row in texts])
+    together = session.run(pad(texts, encoder.names, encoder.pad_id))
+    assert np.abs(alone - together).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--from", "torch-fp32"), 1, "an ONNX graph for CPUs"),
+        (("--from", "onnx-webgpu"), 1, "an ONNX graph for CPUs"),
+        (("--layers", "x"), 2, "not a list of numbers"),
+        (("--layers", "3,1"), 2, "ascending"),
+        (("--from", "onnx-fp32", "--layers", "2"), 1, "has no exit after 2 layers. Use layers from 0 to 1."),
+        (("--from", "onnx-fp32", "--layers", "-1"), 1, "has no exit after -1 layers"),
+        (("--max-drop", "-1"), 2, "--max-drop"),
+    ],
+)
+def test_wrong_input_gets_one_sentence(run, arguments, code, message):
+    found_code, _, err = run(*arguments)
+    assert (found_code, message in " ".join(err.split())) == (code, True), err
+
+
+def test_a_model_that_does_not_classify_texts_is_refused(tmp_path, say):
+    checkpoint = make_checkpoint(tmp_path / "stars", ("stars",))
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
+    code, _, err = say("exits", "--from", "onnx-fp32", "--model", checkpoint, "--exported", tmp_path / "exported")
+    assert code == 1
+    assert "does not classify texts" in err
+
+
+def test_a_drop_that_no_exits_keep_is_a_verdict(run, tiny, monkeypatch):
+    monkeypatch.setattr("toolchain.exits.choice.EXIT_WEIGHTS", 10**9)  # as if exits cost more than all layers
+    code, _, err = run("--from", "onnx-fp32")
+    assert code == 3
+    assert "No exits save work" in err
+    assert not tiny.path("onnx-exits").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["python", "web", "mobile", "server", "mlflow", "other"])
+def test_a_variant_with_exits_is_shipped_to_every_target(run, tiny, tmp_path, target):
+    parent = "onnx-std" if target == "other" else "onnx-int8"
+    name = "onnx-std-exits" if target == "other" else "onnx-exits-int8"
+    assert run("--from", parent, "--max-drop", "50")[0] == 0
+    shipping.ship(tiny, Order((name,), target, demo=False, license="MIT"), tmp_path / "b", lambda line: None, no_bar)
+    (model,) = [model for model in read_bundle(tmp_path / "b")["models"] if model["variant"] == name]
+    assert model["operators"]["If"]
+    shipping.verify(tmp_path / "b")

@@ -1,0 +1,98 @@
+"""Exits: lets sure texts skip the last layers of an ONNX graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from toolchain.artifacts.steps import Exits
+from toolchain.build.job import Job, StepResult
+from toolchain.build.rewriting import rewrite_parent_graph
+from toolchain.data import inputs
+from toolchain.data.labels import MULTI, SINGLE, Answer, answers, number
+from toolchain.errors import GraphError
+from toolchain.exits import choice, heads
+from toolchain.passes import read
+from toolchain.passes.exits import ExitHead, layer_weights
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VERSION = 1
+BATCH_SIZE = 32  # of training rows
+
+
+def add_exits(job: Job[Exits]) -> StepResult:
+    """Learns the heads on training rows, chooses the exits on held-out rows, and puts them into the parent's graph.
+
+    Raises:
+        GraphError: The parent does not classify texts, or its graph has no place for one of the exits.
+        DataError: The training data is unreadable, has too few rows or does not fit the model.
+        VerdictError: No exits keep the accuracy drop that the step allows.
+    """
+    step, parent = job.step, job.parent_artifact
+    task = parent.label_set.task
+    if task not in (SINGLE, MULTI):
+        raise GraphError(
+            f"{parent.manifest.variant} does not classify texts, so no text can be sure of its label.",
+            "Leave exits out.",
+        )
+    graph = read(parent.onnx_path)
+    weights = layer_weights(graph)
+    if wrong := [layer for layer in step.layers or () if not 0 <= layer < len(weights)]:
+        raise GraphError(
+            f"{parent.manifest.variant} has no exit after {wrong[0]} layers.",
+            f"Use layers from 0 to {len(weights) - 1}.",
+        )
+    data = job.train.load(parent.label_set)
+    train_rows, held_out_rows = inputs.hold_out(data)
+    train_texts = [data.texts[row] for row in train_rows[: step.sentences]]
+    held_out = data.select(held_out_rows)
+    taught = heads.observe(parent, train_texts, BATCH_SIZE, job.progress)
+    judged = heads.observe(parent, held_out.texts, 1, job.progress)  # a batch of int8 rows shares its scales
+    targets = _targets(held_out.labels, judged.logits.shape[1], task)
+    networks = []
+    for index, (means, held_out_means) in enumerate(zip(taught.means, judged.means, strict=True)):
+        job.progress(index, len(taught.means), "training the heads of the exits")
+        network = heads.train(means, taught.logits, task, step.seed)
+        networks.append(heads.calibrate(network, held_out_means, targets, task))
+    logits = [network.run(means) for network, means in zip(networks, judged.means, strict=True)]
+    chosen = choice.choose(_judge(logits, judged.logits, held_out.labels, task, weights), step.max_drop, step.layers)
+    exits = [
+        ExitHead(layer, networks[layer].weights, networks[layer].biases, chosen.point.confidence, task == MULTI)
+        for layer in chosen.layers
+    ]
+    result = rewrite_parent_graph(job, ["exits"], exits=exits)
+    return dataclasses.replace(result, facts={**result.facts, "exits": _facts(chosen, len(held_out_rows))})
+
+
+def _targets(labels: Sequence[Answer], count: int, task: str) -> np.ndarray:
+    """Returns 1 for each label of a row and 0 for every other label, of shape [rows, labels]."""
+    import numpy as np
+
+    numbers = [int(number(label)) for label in labels]
+    bits = numbers if task == MULTI else [1 << each for each in numbers]
+    return np.array([[each >> index & 1 for index in range(count)] for each in bits], np.float32)
+
+
+def _judge(
+    logits: list[np.ndarray], last_logits: np.ndarray, labels: Sequence[Answer], task: str, weights: tuple[int, ...]
+) -> choice.HeldOut:
+    """Compares the answers of the heads, and of the graph, with the labels of the held-out rows."""
+    import numpy as np
+
+    right = [
+        [a == label for a, label in zip(answers(each, task), labels, strict=True)] for each in (*logits, last_logits)
+    ]
+    return choice.HeldOut(np.stack([choice.confidences(each, task) for each in logits]), np.array(right), weights)
+
+
+def _facts(chosen: choice.Choice, rows: int) -> dict[str, Any]:
+    """Returns the fact ``exits``."""
+    return {
+        "layers": list(chosen.layers),
+        "held_out_rows": rows,
+        **dataclasses.asdict(chosen.point),
+        "curve": [dataclasses.asdict(point) for point in chosen.curve],
+    }

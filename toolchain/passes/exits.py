@@ -1,0 +1,340 @@
+"""Exits: a text whose label is sure after some layers skips the layers behind the exit.
+
+Behind a hidden state, a small head predicts logits. If the head is sure of all texts of a batch, an `If` skips the rest
+of the graph. Otherwise the branch of the `If` gathers the rows of the other texts, computes their logits with the next
+layers, and puts them in their place. The branch can contain the next exit. DeeBERT (https://arxiv.org/abs/2004.12993)
+and PABEE (https://arxiv.org/abs/2006.04152) describe exits of encoders.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import GraphError
+from toolchain.passes.graph import MASK, array_of, constant
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from toolchain.passes import Context
+
+# Each encoder layer has exactly one of these nodes.
+ATTENTION = ("MultiHeadAttention", "Attention", "QAttention", "Softmax")
+# These nodes read the shape of a value, not its content.
+SHAPE_READERS = ("Shape", "Size")
+
+
+@dataclass(frozen=True)
+class ExitHead:
+    """A network with one hidden layer, which predicts logits from the mean of a text's hidden states.
+
+    Attributes:
+        layer: Number of encoder layers before the exit; 0 for an exit after the embeddings.
+        weights: Weights of the two linear layers, of shape [width, units] and [units, labels].
+        biases: Biases of the two linear layers, of shape [units] and [labels].
+        confidence: Smallest confidence with which a text exits: the probability of the predicted label. If a text can
+            have several labels, the confidence is that of the least certain label.
+        several_labels: Whether a text can have several labels.
+    """
+
+    layer: int
+    weights: tuple[np.ndarray, np.ndarray]
+    biases: tuple[np.ndarray, np.ndarray]
+    confidence: float
+    several_labels: bool = False
+
+
+def hidden_states(model: ir.Model) -> list[ir.Value]:
+    """Returns the hidden states after the embeddings and after each encoder layer but the last, first to last.
+
+    A hidden state is a value on every path from the tokens to the logits, so that the layers behind it need nothing
+    else that depends on the tokens.
+
+    Raises:
+        GraphError: The graph has no attention that the function knows, or no such value between its layers.
+    """
+    states: dict[int, ir.Value] = {}
+    layers = 0
+    live: set[ir.Value] = set()
+    nodes = _text_nodes(model)
+    uses = Counter(value for node in nodes for value in set(node.inputs))
+    for node in nodes:
+        layers += node.op_type in ATTENTION
+        for value in set(node.inputs):
+            uses[value] -= 1
+            if not uses[value]:
+                live.discard(value)
+        live.update(output for output in node.outputs if uses[output])
+        if len(live) == 1:
+            states[layers] = next(iter(live))
+    if not layers or not set(range(layers)) <= set(states):
+        raise GraphError("The graph has no values between its layers, behind which exits could be.", "Leave exits out.")
+    return [states[layer] for layer in range(layers)]
+
+
+def layer_weights(model: ir.Model) -> tuple[int, ...]:
+    """Returns the number of stored weights that each encoder layer reads; the classifier counts as the last layer's.
+
+    Raises:
+        GraphError: As in `hidden_states`.
+    """
+    states = hidden_states(model)
+    counts = [0] * (len(states) + 1)
+    passed = 0
+    for node in _text_nodes(model):
+        weights = (value for value in node.inputs if value is not None and value.is_initializer())
+        counts[passed] += sum(array_of(value).size for value in weights)
+        passed += passed < len(states) and states[passed] in node.outputs
+    return tuple(counts[1:])
+
+
+def _text_nodes(model: ir.Model) -> list[ir.Node]:
+    """Returns the nodes on the paths from the tokens to the logits, in order; a path leads through no shape."""
+    reached = {value for value in model.graph.inputs if value.name != MASK}
+    nodes = []
+    for node in model.graph:
+        if node.op_type not in SHAPE_READERS and not reached.isdisjoint(node.inputs):
+            reached.update(node.outputs)
+            nodes.append(node)
+    wanted = set(model.graph.outputs)
+    on_path = []
+    for node in reversed(nodes):
+        if not wanted.isdisjoint(node.outputs):
+            wanted.update(value for value in node.inputs if value in reached)
+            on_path.append(node)
+    return on_path[::-1]
+
+
+def pool(model: ir.Model, states: Sequence[ir.Value]) -> list[str]:
+    """Adds the mean of each hidden state over the tokens of each text to the outputs; returns the names of the outputs.
+
+    The mean has the shape [batch, width].
+    """
+    import onnx_ir as ir
+
+    scope = _Scope(model, "pooled")
+    shares = _token_shares(scope, _mask(model))
+    for index, state in enumerate(states):
+        mean = _mean(scope, shares, state, str(index))
+        mean.dtype, mean.shape = ir.DataType.FLOAT, ir.Shape(["batch", "width"])
+        model.graph.outputs.append(mean)
+    model.graph.extend(scope.nodes)
+    return [f"pooled/{index}/mean" for index in range(len(states))]
+
+
+def exits(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
+    """Puts an exit behind the hidden state of each head in `context.exits`, by ascending layer; counts the exits.
+
+    The graph must be that of a text classifier, with logits of shape [batch, labels] as its only output.
+
+    Raises:
+        GraphError: As in `hidden_states`.
+    """
+    from onnx_ir.passes import common
+
+    states = hidden_states(model)
+    logits = model.graph.outputs[0]
+    targets = [*(states[head.layer] for head in context.exits), logits]
+    scope = _Scope(model, "exit0")
+    result = _exit(scope, targets, context.exits)
+    result.shape, result.type = logits.shape, logits.type
+    result.name, logits.name = logits.name, f"{logits.name}/last"
+    model.graph.extend(scope.nodes)
+    model.graph.outputs[0] = result
+    common.RemoveUnusedNodesPass()(model)
+    _move_weights(model)
+    return model, len(context.exits)
+
+
+def _move_weights(model: ir.Model) -> None:
+    """Moves each weight that only one branch reads into this branch.
+
+    ONNX Runtime prepares the weights of a graph for its kernels when it loads them, but not those of an outer graph.
+    """
+    for name, weight in list(model.graph.initializers.items()):
+        graphs = {node.graph for node in weight.consumers()}
+        if len(graphs) == 1 and (graph := graphs.pop()) is not model.graph and graph is not None:
+            del model.graph.initializers[name]
+            graph.register_initializer(weight)
+
+
+@dataclass
+class _Scope:
+    """The nodes of a graph or of a branch, which is in construction.
+
+    Attributes:
+        model: The model, whose main graph has the weights of all branches.
+        name: Prefix for the names of new nodes.
+        values: Maps values of the original graph to their values in the branch.
+        nodes: The new nodes, in order.
+    """
+
+    model: ir.Model
+    name: str
+    values: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    nodes: list[ir.Node] = field(default_factory=list)
+
+    def add(self, operator: str, inputs: Sequence[ir.Value], suffix: str, **attributes: Any) -> ir.Value:
+        """Adds a node with one output, and returns the output."""
+        import onnx_ir as ir
+
+        name = f"{self.name}/{suffix}"
+        node = ir.node(operator, inputs, attributes, name=name)
+        node.outputs[0].name = name
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def number(self, value: float, dtype: str = "int64", is_list: bool = False) -> ir.Value:
+        """Returns a stored number, or a list of this number."""
+        import numpy as np
+
+        shape = "list" if is_list else "number"
+        return constant(self.model, f"exits/{dtype}/{shape}/{value}", np.array([value] if is_list else value, dtype))
+
+    def find(self, value: ir.Value) -> ir.Value:
+        """Returns the value of the branch for a value of the original graph, which may be of an outer graph."""
+        return self.values.get(value, value)
+
+    def compute(self, target: ir.Value) -> ir.Value:
+        """Copies the nodes that compute `target` from values of the branch; returns the value of the branch."""
+        missing = _nodes_between(self.values, target)
+        depends = set(self.model.graph.inputs)
+        for node in self.model.graph:
+            if not depends.isdisjoint(node.inputs):
+                depends.update(node.outputs)
+                if node in missing:  # a branch can read what depends on no input from the outer graph
+                    self._copy(node)
+        return self.find(target)
+
+    def _copy(self, node: ir.Node) -> None:
+        import onnx_ir as ir
+
+        inputs = [None if value is None else self.find(value) for value in node.inputs]
+        attributes = list(node.attributes.values())
+        if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in attributes):
+            raise GraphError(f"The layers contain a node {node.op_type} with a graph of its own.", "Leave exits out.")
+        name = f"{self.name}/{node.name}"
+        copy = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), name=name)
+        for old, new in zip(node.outputs, copy.outputs, strict=True):
+            if old.name:
+                new.name = f"{self.name}/{old.name}"
+            self.values[old] = new
+        self.nodes.append(copy)
+
+
+def _exit(scope: _Scope, targets: Sequence[ir.Value], heads: Sequence[ExitHead]) -> ir.Value:
+    """Adds the nodes of an exit and of everything behind it; returns the logits of all texts of the scope.
+
+    Args:
+        scope: The graph or branch, which contains the first target already.
+        targets: Values of the original graph: the hidden state of each head, and the logits.
+        heads: The head of this exit, and the heads behind it.
+    """
+    import onnx_ir as ir
+
+    model, head = scope.model, heads[0]
+    state, mask = scope.find(targets[0]), scope.find(_mask(model))
+    logits = _head_logits(scope, _mean(scope, _token_shares(scope, mask), state, "exit"), head)
+    rows = _unsure_rows(scope, logits, head)
+    all_sure = scope.add("Equal", [scope.add("Size", [rows], "unsure"), scope.number(0)], "all_sure")
+
+    then, rest = _Scope(model, f"{scope.name}/done"), _Scope(model, f"after{head.layer}")
+    done = then.add("Identity", [logits], "logits")
+    index = rest.add("Unsqueeze", [rows, rest.number(1, is_list=True)], "index")
+    for value in (targets[0], *model.graph.inputs, *_measured_later(model, targets)):
+        rest.values[value] = rest.add("Gather", [scope.find(value), rows], f"rows/{value.name}", axis=0)
+    deeper = rest.compute(targets[1])
+    if len(heads) > 1:
+        deeper = _exit(rest, targets[1:], heads[1:])
+    merged = rest.add("ScatterND", [logits, index, deeper], "logits")
+    branches = {
+        name: ir.Graph([], [output], nodes=part.nodes, name=f"{part.name}/{name}")
+        for name, part, output in (("then_branch", then, done), ("else_branch", rest, merged))
+    }
+    return scope.add("If", [all_sure], "logits", **branches)
+
+
+def _measured_later(model: ir.Model, targets: Sequence[ir.Value]) -> list[ir.Value]:
+    """Returns the values before the first target of which nodes behind it read the shape."""
+    before = _nodes_between(set(), targets[0])
+    texts = {value for node in _text_nodes(model) if node in before for value in node.outputs}
+    behind = _nodes_between(texts, targets[-1])
+    measured = {value for node in behind for value in node.inputs if value is not None and value in texts}
+    return sorted(measured - {targets[0]}, key=lambda value: value.name or "")
+
+
+def _nodes_between(starts: Container[ir.Value], end: ir.Value) -> set[ir.Node]:
+    """Returns the nodes that compute `end` from weights, inputs of the graph and `starts`."""
+    nodes: set[ir.Node] = set()
+    stack = [end]
+    while stack:
+        value = stack.pop()
+        producer = value.producer()
+        if value not in starts and producer is not None and producer not in nodes:
+            nodes.add(producer)
+            stack += [each for each in producer.inputs if each is not None]
+    return nodes
+
+
+def _mask(model: ir.Model) -> ir.Value:
+    """Returns the attention mask, an input of the graph.
+
+    Raises:
+        GraphError: The graph has no such input.
+    """
+    mask = next((value for value in model.graph.inputs if value.name == MASK), None)
+    if mask is None:
+        raise GraphError(f"The graph has no input {MASK}.", "Leave exits out.")
+    return mask
+
+
+def _token_shares(scope: _Scope, mask: ir.Value) -> ir.Value:
+    """Returns the share of each token in the mean of its text, of shape [batch, 1, tokens]; 0 for padding."""
+    ones = scope.add("Cast", [mask], "mask", to=1)
+    counts = scope.add("ReduceSum", [ones, scope.number(1, is_list=True)], "tokens", keepdims=1)
+    shares = scope.add("Div", [ones, counts], "shares")
+    return scope.add("Unsqueeze", [shares, scope.number(1, is_list=True)], "row_shares")
+
+
+def _mean(scope: _Scope, shares: ir.Value, state: ir.Value, name: str) -> ir.Value:
+    """Returns the mean hidden state of each text, of shape [batch, width]."""
+    mean = scope.add("MatMul", [shares, state], f"{name}/row_mean")
+    return scope.add("Squeeze", [mean, scope.number(1, is_list=True)], f"{name}/mean")
+
+
+def _head_logits(scope: _Scope, mean: ir.Value, head: ExitHead) -> ir.Value:
+    """Returns the logits that the head predicts, of shape [batch, labels]."""
+    value = mean
+    for index, (weight, bias) in enumerate(zip(head.weights, head.biases, strict=True)):
+        stored = (
+            constant(scope.model, f"exit{head.layer}/{name}{index}", array)
+            for name, array in (("weight", weight), ("bias", bias))
+        )
+        value = scope.add("Gemm", [value, *stored], f"exit/linear{index}")
+        if index == 0:
+            value = scope.add("Relu", [value], "exit/relu")
+    return value
+
+
+def _unsure_rows(scope: _Scope, logits: ir.Value, head: ExitHead) -> ir.Value:
+    """Returns the indices of the texts of which the head is not sure, of shape [texts]."""
+    if head.several_labels:  # a label is as certain as its logit is far from 0
+        certainty = scope.add("Sigmoid", [scope.add("Abs", [logits], "exit/distance")], "exit/probabilities")
+        confidence = _reduce(scope, "ReduceMin", certainty)
+    else:
+        confidence = _reduce(scope, "ReduceMax", scope.add("Softmax", [logits], "exit/probabilities", axis=-1))
+    is_unsure = scope.add("Less", [confidence, scope.number(head.confidence, "float32")], "exit/is_unsure")
+    rows = scope.add("NonZero", [is_unsure], "exit/unsure_rows")
+    return scope.add("Squeeze", [rows, scope.number(0, is_list=True)], "exit/rows")
+
+
+def _reduce(scope: _Scope, operator: str, value: ir.Value) -> ir.Value:
+    """Reduces the last axis; before opset 18, the axes are an attribute."""
+    if scope.model.opset_imports[""] < 18:
+        return scope.add(operator, [value], "exit/confidence", axes=[-1], keepdims=0)
+    axes = scope.number(-1, is_list=True)
+    return scope.add(operator, [value, axes], "exit/confidence", keepdims=0)
