@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from conftest import TESTS
 from rich_rows import DATA, hostile_result, report_html, rich_result
-from sample_results import measured_row, result
+from sample_results import measured_row, result, row_of_cell
 
 from toolchain.compare.report.columns import CELL, columns
 from toolchain.compare.report.flips import Sentence, Texts
@@ -255,6 +255,30 @@ def test_labels_of_a_plot_do_not_overlap():
 
 
 @pytest.mark.slow
+def test_the_mean_and_the_expected_work_are_shown_if_a_variant_has_exits():
+    exits = {
+        "layers": [0, 2],
+        "confidence": 0.95,
+        "shares": [0.25, 0.5],
+        "drop": 0.4,
+        "work": 0.37,
+        "held_out_rows": 40,
+    }
+    dense = measured_row("onnx-fp32", 4)
+    early = measured_row("onnx-exits-int8", 1, facts={"exits": {**exits, "curve": []}})
+    assert not {"mean", "work"} & {column.name for column in columns(compare([result(dense)]))}
+    rows = compare([result(dense, early)], baseline="onnx-fp32")
+    shown = {column.name: column for column in columns(rows)}
+    names = list(shown)
+    assert names[names.index("p50") - 2 : names.index("p50")] == ["mean", "work"]
+    row = row_of_cell(rows, "onnx-exits-int8@cpu")
+    assert shown["mean"].text(row) == "1.00 (4.00×)"
+    assert shown["work"].text(row) == "37%"
+    (note,) = [note for note in notes(rows) if "exit with a confidence" in note]
+    assert "25% after the embeddings, 50% after layer 2 exit with a confidence of at least 0.95" in note
+    assert "accuracy drop 0.40 points, expected work 37%" in note
+
+
 def test_figures_outside_the_comparison_have_their_own_table():
     text = Page(
         report_html(ResultFile.read(TESTS.parent / "benchmarks" / "results" / "reference-xeon-2cores.json"))

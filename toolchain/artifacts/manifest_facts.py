@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from toolchain.results.facts import PruningFact, Task, Vocabulary
+from toolchain.results.facts import ExitsFact, PruningFact, Task, Vocabulary
 from toolchain.system.decoding import Amount, Count, Line, Plain, open_record
 
 
@@ -25,25 +25,6 @@ class Recovery(TypedDict):
     precision: Line
     device: Line
     score: NotRequired[Line]
-
-
-@open_record
-class ExitPoint(TypedDict):
-    """The effect of exits with one confidence on held-out rows."""
-
-    confidence: Amount
-    drop: float
-    shares: list[Amount]
-    work: Amount
-
-
-@open_record
-class ExitsFact(ExitPoint):
-    """The fact ``exits``: the layers of the exits, the chosen confidence, and the effect of other confidences."""
-
-    layers: list[Count]
-    held_out_rows: Count
-    curve: list[ExitPoint]
 
 
 @open_record

@@ -188,7 +188,7 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
             {
                 "session": first["facts"],
                 "rewrites": manifest.facts.get("rewrites"),
-                **{name: manifest.facts[name] for name in ("pruning", "vocabulary") if name in manifest.facts},
+                **{name: manifest.facts[name] for name in ("pruning", "vocabulary", "exits") if name in manifest.facts},
                 **_exactness_fact(item),
                 **({"server": served.fact(protocol)} if served else {}),
             },

@@ -109,6 +109,13 @@ class Row:
         )
 
     @functools.cached_property
+    def mean_speedup(self) -> Ratio | None:
+        """Returns the ratio of `speedup` for the mean latency, which exits lower more than the median."""
+        return self._paired_ratio(lambda m: m.latency, Samples.means) or self._figure_ratio(
+            lambda m: m.latency_ms.get("mean")
+        )
+
+    @functools.cached_property
     def throughput_gain(self) -> Ratio | None:
         """Returns row throughput / baseline throughput.
 
@@ -305,7 +312,7 @@ class Row:
             body["by_length"] = {n: samples.milliseconds() for n, samples in self.measurement.by_length.items()}
         ratios: dict[str, Any] = {
             name: ratio.to_json()
-            for name in ("speedup", "throughput_gain", "server_gain")
+            for name in ("speedup", "mean_speedup", "throughput_gain", "server_gain")
             if (ratio := getattr(self, name))
         }
         names = ("accuracy_points", "memory_reduction", "size_reduction")

@@ -185,6 +185,25 @@ class Vocabulary(TypedDict):
 
 
 @open_record
+class ExitPoint(TypedDict):
+    """The effect of exits with one confidence on held-out rows."""
+
+    confidence: Amount
+    drop: float
+    shares: list[Amount]
+    work: Amount
+
+
+@open_record
+class ExitsFact(ExitPoint):
+    """The fact ``exits``: the layers of the exits, the chosen confidence, and the effect of other confidences."""
+
+    layers: list[Count]
+    held_out_rows: Count
+    curve: list[ExitPoint]
+
+
+@open_record
 class Roofline(TypedDict):
     """The fact ``roofline``: the work of a sentence, and the least time that it takes on the machine."""
 
@@ -238,6 +257,7 @@ class CellFacts(TypedDict):
     rewrites: NotRequired[dict[Line, Count] | None]
     pruning: NotRequired[PruningFact]
     vocabulary: NotRequired[Vocabulary]
+    exits: NotRequired[ExitsFact]
     roofline: NotRequired[Roofline]
     exactness: NotRequired[Exactness]
     server: NotRequired[Server]

@@ -85,6 +85,10 @@ class Samples:
         """Returns the median time of each round, in microseconds."""
         return [_quantile(sorted(row), 0.5) for row in self.rounds]
 
+    def means(self) -> list[float]:
+        """Returns the mean time of each round, in microseconds."""
+        return [sum(row) / len(row) for row in self.rounds]
+
     def sentence_times(self) -> list[float]:
         """Returns the mean time per sentence of each round, in microseconds."""
         return [sum(us) / sum(count) for us, count in zip(self.rounds, self.sentences, strict=True)]

@@ -84,6 +84,16 @@ def _p50(row: Row) -> Figure | None:
     return Figure.from_number(figures.get("mean"), ".2f", " mean")
 
 
+def _mean(row: Row) -> Figure | None:
+    return Figure.from_number(row.measurement.latency_ms.get("mean"), ".2f", note=_note(row, row.mean_speedup))
+
+
+def _expected_work(row: Row) -> Figure | None:
+    """Returns the work that a variant with exits needs on held-out rows, in per cent of the work without exits."""
+    exits = row.measurement.facts.get("exits")
+    return Figure.from_number(100 * exits["work"], ".0f", "%") if exits else None
+
+
 def _throughput(row: Row) -> Figure | None:
     return Figure.from_number(row.measurement.throughput_per_s, ".0f", note=_note(row, row.throughput_gain))
 
@@ -150,6 +160,11 @@ def has_fallback(row: Row) -> bool:
 
 
 CELL = Column("cell", "cell", _cell)
+# Columns of a comparison in which a variant has exits: its latency depends on the text, and the median hides that.
+EXIT_COLUMNS = (
+    Column("mean", "mean ms (faster)", _mean, "ms"),
+    Column("work", "expected work", _expected_work),
+)
 COLUMNS = (
     CELL,
     *map(_score_column, SCORES),
@@ -197,9 +212,13 @@ def group_columns(rows: Sequence[Row]) -> list[Column]:
 def columns(rows: Sequence[Row]) -> list[Column]:
     """Returns the columns that a comparison of the rows shows.
 
-    An optional column appears only if a row has the figure of the column. The columns of `group_columns` come first.
+    An optional column appears only if a row has the figure of the column, and `EXIT_COLUMNS` only if a row has exits.
+    The columns of `group_columns` come first.
     """
     shown = [column for column in COLUMNS if not column.optional or any(column.figure(row) for row in rows)]
+    if any(_expected_work(row) for row in rows):
+        place = next(index for index, column in enumerate(shown) if column.name == "p50")
+        shown[place:place] = EXIT_COLUMNS
     return [*group_columns(rows), *shown]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from toolchain.artifacts.fact_summaries import summarize_pruning, summarize_vocabulary
+from toolchain.artifacts.fact_summaries import summarize_exits, summarize_pruning, summarize_vocabulary
 from toolchain.artifacts.names import VariantName
 from toolchain.compare.report.columns import (
     FIGURES,
@@ -50,7 +50,7 @@ def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
     lines += _group_cells(
         [(cell_name(row, rows), f" [noisy]: {row.noisy}.") for row in rows_with_figures(rows) if row.noisy]
     )
-    lines += _pruning_notes(rows) + _vocabulary_notes(rows) + _length_notes(rows)
+    lines += _pruning_notes(rows) + _vocabulary_notes(rows) + _exits_notes(rows) + _length_notes(rows)
     lines += _group_cells(
         [(cell_name(row, rows), f": {session_fact(row, 'fallback')}.") for row in rows if has_fallback(row)]
     )
@@ -154,6 +154,12 @@ def _vocabulary_notes(rows: Sequence[Row]) -> list[str]:
     facts_by_cell = [(row.measurement.cell, row.measurement.facts.get("vocabulary")) for row in rows_with_figures(rows)]
     # The vocabulary belongs to the variant, so the rows of a variant on several machines give the same line.
     return list(dict.fromkeys(f"{cell}: {summarize_vocabulary(facts)}" for cell, facts in facts_by_cell if facts))
+
+
+def _exits_notes(rows: Sequence[Row]) -> list[str]:
+    """Returns one line for each cell with exits."""
+    facts_by_cell = [(row.measurement.cell, row.measurement.facts.get("exits")) for row in rows_with_figures(rows)]
+    return list(dict.fromkeys(f"{cell}: {summarize_exits(facts)}" for cell, facts in facts_by_cell if facts))
 
 
 def _length_notes(rows: Sequence[Row]) -> list[str]:
