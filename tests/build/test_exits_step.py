@@ -6,16 +6,20 @@ import json
 import numpy as np
 import pytest
 from conftest import make_checkpoint
+from exit_graphs import open_model
 
+from toolchain import passes
 from toolchain.artifacts.steps import Exits
 from toolchain.artifacts.variants import derive_variant, get
 from toolchain.backends import Place, open_session
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import SettingsError, UnknownVariantError
+from toolchain.passes.exits import change_confidence
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
 from toolchain.ship.bundle_files.verify import read_bundle
+from toolchain.ship.golden import steady_sentences
 from toolchain.ship.shipping import Order
 
 ROWS = 400
@@ -148,6 +152,39 @@ def test_a_drop_that_no_exits_keep_is_a_verdict(run, tiny, monkeypatch):
     assert not tiny.path("onnx-exits").exists()
 
 
+def test_a_golden_sentence_is_not_near_the_confidence_of_an_exit(run, tiny, tmp_path):
+    """Another machine rounds otherwise, and could let such a sentence leave at another exit."""
+    assert run("--from", "onnx-fp32", "--max-drop", "50", "--layers", "0")[0] == 0
+    artifact = tiny.load("onnx-exits")
+    sentences = list(inputs.load_embedded().texts[:12])
+    model = passes.read(artifact.onnx_path)
+    encoder = Encoder.open(artifact.path, ("input_ids", "attention_mask"), 512)
+    batch = pad(encoder.encode(sentences[:1]), encoder.names, encoder.pad_id)
+
+    def set_confidence(value):
+        change_confidence(model, lambda _: value)
+        return open_model(model).run(None, batch)[0].tolist()
+
+    low, high = 0.5, 1.0
+    at_the_exit = set_confidence(low)
+    assert set_confidence(high) != at_the_exit
+    for _ in range(20):  # the confidence of the first sentence
+        middle = (low + high) / 2
+        low, high = (middle, high) if set_confidence(middle) == at_the_exit else (low, middle)
+    passes.write(model, artifact.onnx_path)
+    steady = steady_sentences([artifact], sentences)
+    assert sentences[0] not in steady
+    assert steady
+    change_confidence(model, lambda confidence: confidence + 0.01)
+    other = open_model(model)
+    for text in steady:
+        row = pad(encoder.encode([text]), encoder.names, encoder.pad_id)
+        assert (
+            other.run(None, row)[0].tolist() == open_model(passes.read(artifact.onnx_path)).run(None, row)[0].tolist()
+        )
+    assert steady_sentences([tiny.load("onnx-fp32")], sentences) == sentences
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["python", "web", "mobile", "server", "mlflow", "other"])
 def test_a_variant_with_exits_is_shipped_to_every_target(run, tiny, tmp_path, target):
@@ -157,4 +194,7 @@ def test_a_variant_with_exits_is_shipped_to_every_target(run, tiny, tmp_path, ta
     shipping.ship(tiny, Order((name,), target, demo=False, license="MIT"), tmp_path / "b", lambda line: None, no_bar)
     (model,) = [model for model in read_bundle(tmp_path / "b")["models"] if model["variant"] == name]
     assert model["operators"]["If"]
+    facts = manifest_of(tiny, name)["facts"]["exits"]
+    assert model["exits"] == {key: facts[key] for key in model["exits"]}
+    assert "texts whose label is sure skip layers: of 40 held-out rows" in (tmp_path / "b" / "README.md").read_text()
     shipping.verify(tmp_path / "b")

@@ -9,7 +9,7 @@ and PABEE (https://arxiv.org/abs/2006.04152) describe exits of encoders.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Each encoder layer has exactly one of these nodes.
 ATTENTION = ("MultiHeadAttention", "Attention", "QAttention", "Softmax")
+# Name of the stored confidence from which a text exits
+CONFIDENCE = "exits/confidence"
 # These nodes read the shape of a value, not its content.
 SHAPE_READERS = ("Shape", "Size")
 
@@ -150,6 +152,16 @@ def exits(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     return model, len(context.exits)
 
 
+def change_confidence(model: ir.Model, change: Callable[[float], float]) -> None:
+    """Changes the confidence from which texts exit, in all exits of a graph."""
+    import numpy as np
+    import onnx_ir as ir
+
+    stored = model.graph.initializers[CONFIDENCE]
+    confidence = np.float32(change(float(array_of(stored))))
+    stored.const_value = ir.tensor(np.array(confidence), name=CONFIDENCE)
+
+
 def _move_weights(model: ir.Model) -> None:
     """Moves each weight that only one branch reads into this branch.
 
@@ -188,12 +200,12 @@ class _Scope:
         self.nodes.append(node)
         return node.outputs[0]
 
-    def number(self, value: float, dtype: str = "int64", is_list: bool = False) -> ir.Value:
-        """Returns a stored number, or a list of this number."""
+    def number(self, value: int, is_list: bool = False) -> ir.Value:
+        """Returns a stored integer, or a list of this integer."""
         import numpy as np
 
         shape = "list" if is_list else "number"
-        return constant(self.model, f"exits/{dtype}/{shape}/{value}", np.array([value] if is_list else value, dtype))
+        return constant(self.model, f"exits/{shape}/{value}", np.array([value] if is_list else value, np.int64))
 
     def find(self, value: ir.Value) -> ir.Value:
         """Returns the value of the branch for a value of the original graph, which may be of an outer graph."""
@@ -322,12 +334,15 @@ def _head_logits(scope: _Scope, mean: ir.Value, head: ExitHead) -> ir.Value:
 
 def _unsure_rows(scope: _Scope, logits: ir.Value, head: ExitHead) -> ir.Value:
     """Returns the indices of the texts of which the head is not sure, of shape [texts]."""
+    import numpy as np
+
     if head.several_labels:  # a label is as certain as its logit is far from 0
         certainty = scope.add("Sigmoid", [scope.add("Abs", [logits], "exit/distance")], "exit/probabilities")
         confidence = _reduce(scope, "ReduceMin", certainty)
     else:
         confidence = _reduce(scope, "ReduceMax", scope.add("Softmax", [logits], "exit/probabilities", axis=-1))
-    is_unsure = scope.add("Less", [confidence, scope.number(head.confidence, "float32")], "exit/is_unsure")
+    threshold = constant(scope.model, CONFIDENCE, np.array(head.confidence, np.float32))
+    is_unsure = scope.add("Less", [confidence, threshold], "exit/is_unsure")
     rows = scope.add("NonZero", [is_unsure], "exit/unsure_rows")
     return scope.add("Squeeze", [rows, scope.number(0, is_list=True)], "exit/rows")
 

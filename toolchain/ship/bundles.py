@@ -314,12 +314,18 @@ def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path)
         "onnxruntime": contents.release or _oldest_release(manifest.variant, folder / path),
         "exact_on": ANY_PROCESSOR if headroom is None or headroom >= 1 else NEEDS_OPTION,
         "session_options": options_by_processor(headroom),
+        **({"exits": _exits_entry(manifest.facts["exits"])} if "exits" in manifest.facts else {}),
         **({"app_settings": dataclasses.asdict(settings)} if settings else {}),
         "tolerance": TOLERANCES[manifest.variant.parts.scheme],
         "measured": contents.measurements.get(manifest.id, "not measured"),
         "validation": _validation_entry(manifest.validation),
         **phone_entries,
     }
+
+
+def _exits_entry(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the exits of a model: which share of the held-out rows leaves after which number of layers."""
+    return {name: facts[name] for name in ("layers", "confidence", "shares", "drop", "work", "held_out_rows")}
 
 
 def _validation_entry(report: Mapping[str, Any]) -> dict[str, Any]:

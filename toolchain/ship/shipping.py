@@ -36,6 +36,7 @@ from toolchain.results.session_settings import AppSettings
 from toolchain.ship import bundles, checking
 from toolchain.ship.bundle_files import verify as bundle_verifier
 from toolchain.ship.bundles import Contents, Provenance
+from toolchain.ship.golden import steady_sentences
 from toolchain.ship.signing import Signer, Verifier
 from toolchain.ship.targets import TARGETS, WEBGPU, Target, clients, device, webgpu
 from toolchain.ship.targets.releases import DEFAULT
@@ -143,7 +144,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         target,
         artifacts,
         _provenance(workspace, artifacts[0].manifest, order.license),
-        [*TEXTS.values(), *map(str, inputs.load_embedded().sample(SENTENCES, SEED))],
+        steady_sentences(artifacts, [*TEXTS.values(), *map(str, inputs.load_embedded().sample(SENTENCES, SEED))]),
         {artifact_id: _measurement_entry(*row) for artifact_id, row in measurements.items()},
         page_files,
         order.with_tokenizer,
