@@ -110,10 +110,8 @@ class Row:
 
     @functools.cached_property
     def mean_speedup(self) -> Ratio | None:
-        """Returns the ratio of `speedup` for the mean latency, which exits lower more than the median."""
-        return self._paired_ratio(lambda m: m.latency, Samples.means) or self._figure_ratio(
-            lambda m: m.latency_ms.get("mean")
-        )
+        """Returns the speed-up of the mean latency, which exits lower more than the median; None without samples."""
+        return self._paired_ratio(lambda m: m.latency, Samples.means)
 
     @functools.cached_property
     def throughput_gain(self) -> Ratio | None:

@@ -20,10 +20,8 @@ from toolchain.artifacts.manifest import TensorSpec
 from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.steps import settings_of, step_name
 from toolchain.artifacts.store import Artifact, list_files
-from toolchain.backends import Place
-from toolchain.backends.ort import OrtSession, saturates
 from toolchain.build.onnx_metadata import license_of, options_by_processor, set_properties
-from toolchain.data.encoding import Encoder, pad
+from toolchain.data.encoding import Encoder
 from toolchain.data.labels import MULTI, REGRESSION, TOKENS
 from toolchain.errors import ShippingError
 from toolchain.passes.probabilities import add_probabilities
@@ -31,7 +29,7 @@ from toolchain.results.session_settings import AppSettings
 from toolchain.ship.bill_of_materials import MLBOM, bill_of_materials
 from toolchain.ship.bundle_files.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
 from toolchain.ship.card import CARD, front_matter
-from toolchain.ship.process import GOLDEN_ROWS
+from toolchain.ship.golden import golden_content
 from toolchain.ship.targets import (
     BUNDLE_FILES,
     DEMO,
@@ -54,7 +52,6 @@ from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import jinja2
-    import numpy as np
     import onnx_ir as ir
 
 # Limits on how far the logits on another machine may differ from the recorded logits: largest and median difference.
@@ -151,7 +148,7 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
         shutil.copyfile(first.path / name, folder / name)
     config = _config_content(contents)
     _write_json(folder / CONFIG, config)
-    golden = _golden_content(contents, encoder)
+    golden = golden_content(contents.artifacts, contents.sentences, encoder)
     if encoder.task == REGRESSION:
         for model in models:
             model["tolerance"] = _scale_tolerance(model["tolerance"], golden["logits"][model["variant"]])
@@ -213,47 +210,10 @@ def _transformers_js_config(names: Sequence[VariantName]) -> dict[str, Any]:
     return {**config, "device_config": {WEBGPU: {"dtype": dtypes[WEBGPU]}}} if WEBGPU in dtypes else config
 
 
-def _golden_content(contents: Contents, encoder: Encoder) -> dict[str, Any]:
-    """Returns golden.json: golden sentences with token ids, padded batches, and the exact logits of each variant.
-
-    Raises:
-        ShippingError: This runtime saturates the int8 products of a variant even with the option `EXACT_PRODUCTS`.
-    """
-    rows = encoder.encode(contents.sentences)
-    batch_rows = [index for index, row in enumerate(rows) if len(row) < encoder.max_length][:GOLDEN_ROWS]
-    batches = [{"padding": side, "sentences": batch_rows} for side in encoder.padding_sides]
-    single_batches = [pad([row], encoder.names, encoder.pad_id) for row in rows]
-    padded_batches = [
-        pad([rows[i] for i in batch_rows], encoder.names, encoder.pad_id, side == "left")
-        for side in encoder.padding_sides
-    ]
-    logits, batch_logits = {}, {}
-    for artifact in contents.artifacts:
-        name = artifact.manifest.variant
-        if artifact.manifest.facts.get("int8_headroom", 1) < 1 and saturates(exact=True):
-            raise ShippingError(
-                f"This runtime saturates 8-bit products, so the recorded logits of {name} would be wrong.",
-                "Install the newest onnxruntime, or ship a -portable variant.",
-            )
-        session = OrtSession(artifact.path, Place("cpu", 1))
-        logits[name] = [_round_logits(session.run(batch), batch)[0] for batch in single_batches]
-        batch_logits[name] = [_round_logits(session.run(batch), batch) for batch in padded_batches]
-        session.close()
-    sentences = [{"text": text, "input_ids": row} for text, row in zip(contents.sentences, rows, strict=True)]
-    return {"sentences": sentences, "logits": logits, "batches": batches, "batch_logits": batch_logits}
-
-
 def _scale_tolerance(tolerance: Mapping[str, float], scores: Sequence[Sequence[float]]) -> dict[str, float]:
     """Returns the limits multiplied by the largest absolute golden score, if that is above 1."""
     scale = max(1.0, *(abs(score) for row in scores for score in row))
     return {name: limit * scale for name, limit in tolerance.items()}
-
-
-def _round_logits(logits: np.ndarray, batch: Mapping[str, np.ndarray]) -> list[list[float]]:
-    """Returns the logits of each row; in token classification, the logits of all its tokens, without padding."""
-    masks = batch["attention_mask"].astype(bool)
-    rows = [row[mask].ravel() if row.ndim == 2 else row for row, mask in zip(logits, masks, strict=True)]
-    return [[round(float(x), 6) for x in row] for row in rows]
 
 
 def _write_model_files(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path) -> dict[str, Any]:
