@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_checkpoint
+from conftest import make_checkpoint, needs_node, verify_in_node
 from exit_graphs import open_model
 
 from toolchain import passes
@@ -198,3 +198,11 @@ def test_a_variant_with_exits_is_shipped_to_every_target(run, tiny, tmp_path, ta
     assert model["exits"] == {key: facts[key] for key in model["exits"]}
     assert "texts whose label is sure skip layers: of 40 held-out rows" in (tmp_path / "b" / "README.md").read_text()
     shipping.verify(tmp_path / "b")
+
+
+@needs_node
+@pytest.mark.slow
+def test_node_gives_the_golden_logits(run, tiny, tmp_path):
+    assert run("--from", "onnx-int8", "--max-drop", "50")[0] == 0
+    shipping.ship(tiny, Order(("onnx-exits-int8",), "web", demo=False), tmp_path / "b", lambda line: None, no_bar)
+    assert "onnx-exits-int8: golden sentences passed" in verify_in_node(tmp_path / "b")[-1]
