@@ -283,7 +283,7 @@ class Exits:
             step choose them.
         max_drop: Largest accuracy drop below the parent on the held-out rows, in percentage points.
         train: Digest of the training data, as in `Prune`.
-        sentences: Number of training rows for the heads.
+        sentences: Largest number of training rows for the heads.
         seed: Random seed of the heads.
 
     Raises:
@@ -293,7 +293,7 @@ class Exits:
     layers: tuple[int, ...] | None = None
     max_drop: float = 0.5
     train: str = ""
-    sentences: int = 20_000
+    sentences: int = 100_000
     seed: int = 20
 
     def __post_init__(self) -> None:
