@@ -15,7 +15,8 @@ from toolchain.backends import Place, open_session
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import SettingsError, UnknownVariantError
-from toolchain.passes.exits import change_confidence
+from toolchain.passes.exits import CONFIDENCE, change_confidence
+from toolchain.passes.graph import array_of
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
 from toolchain.ship.bundle_files.verify import read_bundle
@@ -206,3 +207,42 @@ def test_node_gives_the_golden_logits(run, tiny, tmp_path):
     assert run("--from", "onnx-int8", "--max-drop", "50")[0] == 0
     shipping.ship(tiny, Order(("onnx-exits-int8",), "web", demo=False), tmp_path / "b", lambda line: None, no_bar)
     assert "onnx-exits-int8: golden sentences passed" in verify_in_node(tmp_path / "b")[-1]
+
+
+def test_ship_takes_another_point_of_the_curve(run, say, tiny, tiny_checkpoint, tmp_path):
+    assert run("--from", "onnx-fp32", "--max-drop", "50", "--layers", "0,1")[0] == 0
+    facts = manifest_of(tiny, "onnx-exits")["facts"]["exits"]
+    model = ("--model", tiny_checkpoint, "--exported", tiny.exported, "--license", "MIT")
+
+    def ship(confidence):
+        order = ("onnx-exits", "--target", "python", "--output", tmp_path / str(confidence))
+        return say("ship", *order, *(("--exit-confidence", confidence) if confidence else ()), *model)
+
+    assert ship(None)[0] == 0
+    files = {}
+    for point in (facts["curve"][0], facts["curve"][-1]):
+        code, _, err = ship(point["confidence"])
+        assert code == 0, err
+        folder = tmp_path / str(point["confidence"])
+        shipping.verify(folder)
+        (entry,) = read_bundle(folder)["models"]
+        assert entry["exits"] == {**{key: facts[key] for key in ("layers", "held_out_rows")}, **point}
+        assert entry["measured"] == "not measured"
+        files[point["confidence"]] = (folder / "model.onnx").read_bytes()
+    assert len({*files.values(), (tmp_path / "None" / "model.onnx").read_bytes()}) >= 2
+    first, last = (passes.read(tmp_path / str(confidence) / "model.onnx") for confidence in files)
+    assert [float(array_of(each.graph.initializers[CONFIDENCE])) for each in (first, last)] == pytest.approx(
+        list(files)
+    )
+    code, _, err = ship(0.123)
+    assert code == 1
+    assert "were not measured with the confidence 0.123. Use one of 0.6, 0.7" in " ".join(err.split())
+    assert not (tmp_path / "0.123").exists()
+
+
+def test_only_a_variant_with_exits_takes_a_confidence(say, tiny, tiny_checkpoint, tmp_path):
+    arguments = ("onnx-int8", "--target", "python", "--output", tmp_path / "b", "--exit-confidence", "0.9")
+    code, _, err = say("ship", *arguments, "--model", tiny_checkpoint, "--exported", tiny.exported, "--license", "MIT")
+    assert code == 1
+    assert "onnx-int8 has no exits" in err
+    assert not (tmp_path / "b").exists()

@@ -96,6 +96,13 @@ def _parse_destination(context: click.Context, parameter: click.Parameter, value
     help="PEM file with the certificate of KEY, followed by the intermediate certificates.",
 )
 @click.option(
+    "--exit-confidence",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="CONFIDENCE",
+    help="Confidence from which texts exit, for variants with exits; one of those that the build measured.  [default: "
+    "the confidence that the build chose]",
+)
+@click.option(
     "--push",
     "destination",
     metavar="USER/NAME",
@@ -121,6 +128,7 @@ def ship(
     with_tokenizer: bool,
     session_path: Path | None,
     session_for: str | None,
+    exit_confidence: float | None,
     license_: str | None,
     key: Path | None,
     certificate: Path | None,
@@ -144,6 +152,7 @@ def ship(
       toolchain ship onnx-std onnx-std-int8 --target other
       toolchain ship onnx-int8 --target python --sign key.pem
       toolchain ship onnx-int8 --target python --session session.json --session-for throughput
+      toolchain ship onnx-exits-int8 --target python --exit-confidence 0.98
       toolchain ship onnx-int8 --target web --push user/name
       toolchain ship --output app/model --push user/name
     """
@@ -187,6 +196,7 @@ def ship(
         signer,
         session,
         session_for or LATENCY,
+        exit_confidence,
     )
     bundle = write_bundle(workspace, order, output_folder, say, bar)
     _print_bundle(bundle, output_folder, _push(output_folder, destination, public, say), as_json)

@@ -36,6 +36,7 @@ from toolchain.results.session_settings import AppSettings
 from toolchain.ship import bundles, checking
 from toolchain.ship.bundle_files import verify as bundle_verifier
 from toolchain.ship.bundles import Contents, Provenance
+from toolchain.ship.exit_points import at_confidence
 from toolchain.ship.golden import steady_sentences
 from toolchain.ship.signing import Signer, Verifier
 from toolchain.ship.targets import TARGETS, WEBGPU, Target, clients, device, webgpu
@@ -43,6 +44,7 @@ from toolchain.ship.targets.releases import DEFAULT
 from toolchain.ship.tokenizer_graph.characters import SHIP_WITHOUT_HINT
 from toolchain.ship.tokenizer_graph.session import TextSession
 from toolchain.system import hardware
+from toolchain.system.files import temporary_folder
 
 SENTENCES, SEED = 16, 6
 REFERENCE_PROVENANCE = Provenance(
@@ -73,6 +75,7 @@ class Order:
         signer: Private key that signs the bundle; None for a bundle without a signature.
         session: Session file of one of the variants; None for default settings.
         objective: Objective whose settings the bundle takes from `session`, one of `OBJECTIVES`.
+        exit_confidence: Confidence from which texts exit; None for the confidence that the build chose.
     """
 
     variants: tuple[str, ...]
@@ -85,6 +88,7 @@ class Order:
     signer: Signer | None = None
     session: SessionFile | None = None
     objective: str = LATENCY
+    exit_confidence: float | None = None
 
 
 def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
@@ -99,8 +103,8 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         output: Folder of the bundle.
 
     Raises:
-        ShippingError: The target cannot run a variant, the variants have different tokenizers, or the session file
-            belongs to another artifact.
+        ShippingError: The target cannot run a variant, the variants have different tokenizers, the session file
+            belongs to another artifact, or the exits of a variant were not measured with `exit_confidence`.
         VerdictError: A variant failed its validation, or a model file's logits differ from the artifact's logits.
         ArtifactError: `output` is a file, a folder without a bundle, or a modified bundle.
         ProviderError: onnxruntime-extensions is not installed.
@@ -114,6 +118,16 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         )
     artifacts_by_name = ensure(workspace, order.variants, {}, say, bar)
     artifacts = [artifacts_by_name[name] for name in order.variants]
+    if order.exit_confidence is None:
+        return _ship(workspace, order, artifacts, output, say)
+    with temporary_folder() as scratch:
+        artifacts = [at_confidence(each, order.exit_confidence, scratch / each.manifest.variant) for each in artifacts]
+        return _ship(workspace, order, artifacts, output, say)
+
+
+def _ship(workspace: Workspace, order: Order, artifacts: Sequence[Artifact], output: Path, say: Say) -> dict[str, Any]:
+    """Checks the artifacts, and writes and publishes the bundle; see `ship`."""
+    target = TARGETS[order.target]
     if artifacts[0].label_set.task == TOKENS and (order.with_tokenizer or target.tokenizer_path):
         raise ShippingError(
             "A bundle of a token classifier cannot have the tokenizer in a graph, because the graph does not return "
