@@ -28,7 +28,7 @@ from toolchain.errors import ArtifactError, ProviderError, ShippingError, Unknow
 from toolchain.progress import no_bar
 from toolchain.results.folder import ResultsFolder
 from toolchain.results.result_file import ResultFile
-from toolchain.ship import bundles, checking, shipping
+from toolchain.ship import bundles, checking, golden, shipping
 from toolchain.ship.bundle_files import verify as bundled
 from toolchain.ship.bundles import TOLERANCES
 from toolchain.ship.shipping import Order
@@ -608,7 +608,7 @@ def test_a_saturating_runtime_gives_an_error_with_an_alternative(bundle, built_t
     with pytest.raises(VerdictError, match="this runtime saturates 8-bit products") as error:
         checking.check_own_bundle(bundle)
     assert "use a -portable model" in str(error.value)
-    monkeypatch.setattr(bundles, "saturates", lambda exact=False: True)
+    monkeypatch.setattr(golden, "saturates", lambda exact=False: True)
     with pytest.raises(ShippingError, match="recorded logits of onnx-int8 would be wrong"):
         make(built_tiny, tmp_path / "b", "onnx-int8")
     assert not (tmp_path / "b").exists()

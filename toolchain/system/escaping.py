@@ -15,8 +15,8 @@ _RAW_IN_JSON = re.compile(f"[\x7f-\x9f\u2028\u2029{DIRECTION}]")  # `json.dumps`
 # Markdown: characters that are markup anywhere, and `_MARKDOWN_START`: characters that are markup only in front.
 _MARKDOWN = re.compile(r"[\\`*<>&~|]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
 _MARKDOWN_START = re.compile(r"^(?:([#=\[]|[-+](?=[\s-]|$))|(\d+)([.)])(?=\s|$))")
-# The bytes that need an escape in a string of C in Markdown. `?` could begin a trigraph.
-_ACTIVE_IN_C = re.compile(rb"[^A-Za-z0-9 _.,:;()+*/=<>-]")
+# The bytes that need an escape in a string of C in Markdown: `?` could begin a trigraph, and `:` an address.
+_ACTIVE_IN_C = re.compile(rb"[^A-Za-z0-9 _.,-]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # A spreadsheet reads a text that begins with these as a formula.
 
 
