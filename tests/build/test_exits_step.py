@@ -246,3 +246,11 @@ def test_only_a_variant_with_exits_takes_a_confidence(say, tiny, tiny_checkpoint
     assert code == 1
     assert "onnx-int8 has no exits" in err
     assert not (tmp_path / "b").exists()
+
+
+def test_too_few_rows_apart_from_the_held_out_ones_are_refused(run, tmp_path):
+    file = tmp_path / "repeated.csv"
+    file.write_text("sentence,label\n" + "a film,1\nno film,0\n" * 200)
+    code, _, err = run("--from", "onnx-fp32", train=file)
+    assert code == 1
+    assert "has only 0 rows that are no part of a held-out row" in " ".join(err.split())

@@ -247,5 +247,19 @@ def sentence_rows(data: Data, rows: Sequence[int], count: int) -> list[int]:
     return list(long_rows if len(long_rows) >= 2 * count else rows)[:count]
 
 
+def rows_apart(data: Data, rows: Sequence[int], held_out_rows: Sequence[int]) -> list[int]:
+    """Returns the `rows` whose text is no part of a held-out text.
+
+    SST-2 has the phrases of its sentences as rows of their own. A model that learned a phrase knows a part of the
+    sentence, so the sentence would not judge it fairly.
+    """
+    joined = "\n".join(_one_line(data.texts[row]) for row in held_out_rows)
+    return [row for row in rows if _one_line(data.texts[row]) not in joined]
+
+
+def _one_line(text: Text) -> str:
+    return " ".join((text if isinstance(text, str) else " ".join(text)).split())
+
+
 def _count_words(text: Text) -> int:
-    return len((text if isinstance(text, str) else " ".join(text)).split())
+    return len(_one_line(text).split())

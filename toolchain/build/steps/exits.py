@@ -11,7 +11,7 @@ from toolchain.build.job import Job, StepResult
 from toolchain.build.rewriting import rewrite_parent_graph
 from toolchain.data import inputs
 from toolchain.data.labels import MULTI, SINGLE, Answer, answers, number
-from toolchain.errors import GraphError
+from toolchain.errors import DataError, GraphError
 from toolchain.exits import choice, heads
 from toolchain.passes import read
 from toolchain.passes.exits import ExitHead, layer_weights
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 BATCH_SIZE = 32  # of training rows
+MIN_TRAINING_ROWS = 100
 
 
 def add_exits(job: Job[Exits]) -> StepResult:
@@ -47,7 +48,13 @@ def add_exits(job: Job[Exits]) -> StepResult:
         )
     data = job.train.load(parent.label_set)
     train_rows, held_out_rows = inputs.hold_out(data)
-    train_texts = [data.texts[row] for row in train_rows[: step.sentences]]
+    train_rows = inputs.rows_apart(data, train_rows, held_out_rows)[: step.sentences]
+    if len(train_rows) < MIN_TRAINING_ROWS:
+        raise DataError(
+            f"{data.name} has only {len(train_rows)} rows that are no part of a held-out row.",
+            f"Pass data with at least {MIN_TRAINING_ROWS} such rows.",
+        )
+    train_texts = [data.texts[row] for row in train_rows]
     held_out = data.select(held_out_rows)
     taught = heads.observe(parent, train_texts, BATCH_SIZE, job.progress)
     judged = heads.observe(parent, held_out.texts, 1, job.progress)  # a batch of int8 rows shares its scales
