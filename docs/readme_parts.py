@@ -56,6 +56,7 @@ def parts() -> dict[str, str]:
         "clients": _study("clients"),
         "answers": _study("answers"),
         "memory": _study("memory"),
+        "serving": _study("serving"),
         "precision": _study("precision"),
         "saturation": _study("saturation"),
         "commands": _commands(),
