@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BENCH = ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json"
 BENCH_GPU = BENCH.with_name("reference-h100.json")
+BENCH_SERVER = BENCH.with_name("reference-epyc-server.json")
 STUDIES = ROOT / "benchmarks" / "studies"
 EXPORT_LOG = ROOT / "benchmarks" / "reports" / "make-export.txt"
 FEW = ("torch-fp32", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-pruned30-int8", "onnx-pruned50-int8")
@@ -47,6 +48,7 @@ def parts() -> dict[str, str]:
         "make bench": _bench(BENCH),
         "make bench, few rows": _few_rows(BENCH),
         "make bench, gpu": _bench(BENCH_GPU),
+        "bench, server": _bench(BENCH_SERVER),
         "make help": _targets(),
         "make variables": _variables(),
         "peers": _peers(),
