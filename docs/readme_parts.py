@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from toolchain.artifacts.fact_summaries import summarize_exits
 from toolchain.cli import cli
 from toolchain.compare.report.columns import columns
 from toolchain.compare.report.markdown import to_markdown
@@ -49,6 +50,7 @@ def parts() -> dict[str, str]:
         "make bench, few rows": _few_rows(BENCH),
         "make bench, gpu": _bench(BENCH_GPU),
         "bench, server": _bench(BENCH_SERVER),
+        "exits": _exits(),
         "make help": _targets(),
         "make variables": _variables(),
         "peers": _peers(),
@@ -87,10 +89,23 @@ def _bench(path: Path) -> str:
 
 def _few_rows(path: Path) -> str:
     """Returns a table of the variants in `FEW`, below a line that describes the machine and the data."""
-    rows = compare([ResultFile.read(path)])
+    return _chosen_cells(compare([ResultFile.read(path)]), FEW, FEW_COLUMNS)
+
+
+def _exits() -> str:
+    """Returns a table of `onnx-int8` and of the variant with exits, above a line that says which share exits where."""
+    result = ResultFile.read(BENCH_SERVER)
+    rows = compare([result], "onnx-int8")
+    early = next(row for row in result.rows if "exits" in row.facts)
+    table = _chosen_cells(rows, ("onnx-int8", early.variant), ("accuracy", "mean", "p95", "throughput", "memory", "size"))
+    return f"{table}\n\n`{early.variant}`: {summarize_exits(early.facts['exits'])}."
+
+
+def _chosen_cells(rows: Sequence[Row], variants: Sequence[str], names: Sequence[str]) -> str:
+    """Returns a table of the named columns of variants, below a line that describes the machine and the data."""
     by_cell: dict[str, Row] = {row.measurement.cell: row for row in rows}
-    chosen = [by_cell[f"{variant}@cpu"] for variant in FEW]
-    shown = [column for column in columns(rows) if column.name in FEW_COLUMNS]
+    chosen = [by_cell[f"{variant}@cpu"] for variant in variants]
+    shown = [column for column in columns(rows) if column.name in names]
     run, machine = rows[0].run, rows[0].run.machine
     title = f"{machine['cpu']}, {machine['cores']} cores, {run.data['rows']} sentences of {run.data['name']}:"
     body = [[f"`{row.measurement.variant}`", *(column.text(row) for column in shown)] for row in chosen]
