@@ -97,7 +97,9 @@ def _exits() -> str:
     result = ResultFile.read(BENCH_SERVER)
     rows = compare([result], "onnx-int8")
     early = next(row for row in result.rows if "exits" in row.facts)
-    table = _chosen_cells(rows, ("onnx-int8", early.variant), ("accuracy", "mean", "p95", "throughput", "memory", "size"))
+    table = _chosen_cells(
+        rows, ("onnx-int8", early.variant), ("accuracy", "mean", "p95", "throughput", "memory", "size")
+    )
     return f"{table}\n\n`{early.variant}`: {summarize_exits(early.facts['exits'])}."
 
 
