@@ -210,6 +210,11 @@ def test_texts_exit_behind_each_layer(workspace, kind):
         states = hidden_states(passes.read(path))
         assert len(states) == layers
         heads = [make_head(layer, 0.9, seed=3, width=width) for layer in range(len(states))]
+        if any(node.op_type == "If" for node in graph(model_workspace, name).graph):
+            # optimum exports DeBERTa with an If of its own in each layer
+            with pytest.raises(GraphError, match="contain a node If with a graph of its own"):
+                add_exits(path, *heads)
+            continue
         with_exits = add_exits(path, *heads)
         logits = open_model(with_exits).run(None, batch)[0]
         if name != "onnx-int8":  # a batch of int8 texts shares its scales, also with texts that leave
