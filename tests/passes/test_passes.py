@@ -649,3 +649,9 @@ def test_two_attentions_share_the_preparation_of_their_mask(std):
     assert len(biases) == len(set(biases)) == 2  # the first bias is for all queries, the second bias is for one query
     assert operators_of(model)["Expand"] == 2
     assert len({node.inputs[0] for node in model.graph if node.op_type == "Expand"}) == 1
+
+
+def test_a_graph_with_a_text_that_is_no_utf_8_is_refused(std, tmp_path):
+    std.producer_name = b"\xff"
+    with pytest.raises(GraphError, match="cannot be written"):
+        passes.write(std, tmp_path / "model.onnx")

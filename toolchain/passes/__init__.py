@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.artifacts.manifest import TensorSpec
-from toolchain.errors import GraphError
+from toolchain.errors import GraphError, first_line
 from toolchain.passes.attention import build_qattention
 from toolchain.passes.exits import ExitHead, exits
 from toolchain.passes.first_query import first_query
@@ -153,10 +153,19 @@ def read(path: Path) -> ir.Model:
 
 
 def write(model: ir.Model, path: Path) -> None:
-    """Saves the model and its tensors in one file."""
+    """Saves the model and its tensors in one file.
+
+    Raises:
+        GraphError: A text in the model, such as the name of its producer, is no UTF-8.
+    """
     import onnx_ir as ir
 
-    ir.save(model, path)
+    try:
+        ir.save(model, path)
+    except ir.serde.SerdeError as error:
+        raise GraphError(
+            f"The graph cannot be written: {first_line(error)[:200]}", "Build the variant again."
+        ) from error
 
 
 def specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
