@@ -14,13 +14,13 @@ from toolchain.artifacts.variants import derive_variant, get
 from toolchain.backends import Place, open_session
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
-from toolchain.errors import SettingsError, UnknownVariantError
+from toolchain.errors import SettingsError, ShippingError, UnknownVariantError
 from toolchain.passes.exits import CONFIDENCE, change_confidence
 from toolchain.passes.graph import array_of
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
 from toolchain.ship.bundle_files.verify import read_bundle
-from toolchain.ship.golden import steady_sentences
+from toolchain.ship.golden import select_stable_sentences
 from toolchain.ship.shipping import Order
 
 ROWS = 400
@@ -82,7 +82,7 @@ def test_the_command_builds_a_variant_and_says_who_exits(run, tiny, rows):
     code, out, err = run("--from", "onnx-fp32", "--max-drop", "50", "--layers", "0,1")
     assert code == 0, err
     assert out.split()[-1] == str(tiny.path("onnx-exits"))
-    assert "exit with a confidence of at least" in err
+    assert "held-out rows: " in err
     manifest = manifest_of(tiny, "onnx-exits")
     facts = manifest["facts"]["exits"]
     assert facts["layers"] == [0, 1]
@@ -173,7 +173,7 @@ def test_a_golden_sentence_is_not_near_the_confidence_of_an_exit(run, tiny, tmp_
         middle = (low + high) / 2
         low, high = (middle, high) if set_confidence(middle) == at_the_exit else (low, middle)
     passes.write(model, artifact.onnx_path)
-    steady = steady_sentences([artifact], sentences)
+    steady = select_stable_sentences([artifact], sentences)
     assert sentences[0] not in steady
     assert steady
     change_confidence(model, lambda confidence: confidence + 0.01)
@@ -183,7 +183,9 @@ def test_a_golden_sentence_is_not_near_the_confidence_of_an_exit(run, tiny, tmp_
         assert (
             other.run(None, row)[0].tolist() == open_model(passes.read(artifact.onnx_path)).run(None, row)[0].tolist()
         )
-    assert steady_sentences([tiny.load("onnx-fp32")], sentences) == sentences
+    assert select_stable_sentences([tiny.load("onnx-fp32")], sentences) == sentences
+    with pytest.raises(ShippingError, match="every golden sentence is near the threshold"):
+        select_stable_sentences([artifact], sentences[:1])
 
 
 @pytest.mark.slow
@@ -197,7 +199,10 @@ def test_a_variant_with_exits_is_shipped_to_every_target(run, tiny, tmp_path, ta
     assert model["operators"]["If"]
     facts = manifest_of(tiny, name)["facts"]["exits"]
     assert model["exits"] == {key: facts[key] for key in model["exits"]}
-    assert "texts whose label is sure skip layers: of 40 held-out rows" in (tmp_path / "b" / "README.md").read_text()
+    assert (
+        "texts can skip layers, so its time depends on the text. Exits of 40 held-out rows:"
+        in (tmp_path / "b" / "README.md").read_text()
+    )
     shipping.verify(tmp_path / "b")
 
 
@@ -236,7 +241,7 @@ def test_ship_takes_another_point_of_the_curve(run, say, tiny, tiny_checkpoint, 
     )
     code, _, err = ship(0.123)
     assert code == 1
-    assert "were not measured with the confidence 0.123. Use one of 0.6, 0.7" in " ".join(err.split())
+    assert "did not measure the exit confidence 0.123. Use one of 0.6, 0.7" in " ".join(err.split())
     assert not (tmp_path / "0.123").exists()
 
 
@@ -248,9 +253,9 @@ def test_only_a_variant_with_exits_takes_a_confidence(say, tiny, tiny_checkpoint
     assert not (tmp_path / "b").exists()
 
 
-def test_too_few_rows_apart_from_the_held_out_ones_are_refused(run, tmp_path):
+def test_too_few_rows_outside_the_held_out_texts_are_refused(run, tmp_path):
     file = tmp_path / "repeated.csv"
     file.write_text("sentence,label\n" + "a film,1\nno film,0\n" * 200)
     code, _, err = run("--from", "onnx-fp32", train=file)
     assert code == 1
-    assert "has only 0 rows that are no part of a held-out row" in " ".join(err.split())
+    assert "has only 0 training rows whose text is not contained in a held-out row" in " ".join(err.split())

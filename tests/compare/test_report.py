@@ -274,9 +274,11 @@ def test_the_mean_and_the_expected_work_are_shown_if_a_variant_has_exits():
     row = row_of_cell(rows, "onnx-exits-int8@cpu")
     assert shown["mean"].text(row) == "1.00 (4.00×)"
     assert shown["work"].text(row) == "37%"
-    (note,) = [note for note in notes(rows) if "exit with a confidence" in note]
-    assert "25% after the embeddings, 50% after layer 2 exit with a confidence of at least 0.95" in note
-    assert "accuracy drop 0.40 points, expected work 37%" in note
+    (note,) = [note for note in notes(rows) if "The confidence threshold is" in note]
+    assert "40 held-out rows: 25% after the embeddings, 50% after layer 2. The confidence threshold is 0.95." in note
+    assert (
+        "The accuracy drop on these rows is 0.40 points, and the expected work is 37% of the work without exits" in note
+    )
 
 
 def test_figures_outside_the_comparison_have_their_own_table():

@@ -301,11 +301,11 @@ def test_pad_keeps_every_token_and_masks_padding(ids, left):
     assert not batch["token_type_ids"].any()
 
 
-def test_rows_apart_leaves_out_the_parts_of_held_out_texts(tmp_path):
+def test_rows_inside_held_out_texts_are_excluded(tmp_path):
     file = tmp_path / "rows.csv"
     texts = ["a good film", "good", "good  film", "a bad film", "bad", "film", "a good", "goo", "is a good film", "x"]
     file.write_text("".join(["sentence,label\n", *(f"{text},{index % 2}\n" for index, text in enumerate(texts))]))
     labels = LabelSet(("NEGATIVE", "POSITIVE"), "single_label_classification")
     data = TrainingSource(str(file)).load(labels)
-    apart = inputs.rows_apart(data, range(1, len(texts)), [0])
+    apart = inputs.exclude_overlaps(data, range(1, len(texts)), [0])
     assert [data.texts[row] for row in apart] == ["a bad film", "bad", "is a good film", "x"]

@@ -39,7 +39,7 @@ def test_each_text_gets_the_logits_of_its_exit(built_tiny, encode, variant, seve
     heads = [make_head(layer, 0.8 if several_labels else 0.95, several_labels) for layer in (0, 1)]
     session = open_model(add_exits(path, *heads))
     _, is_left = expected_logits(path, heads, encode(TEXTS))
-    assert set(is_left) == {True, False}, "the random heads must be sure of some texts only"
+    assert set(is_left) == {True, False}, "the random heads must be confident for some texts only"
     for texts in [TEXTS, *([text] for text in TEXTS), TEXTS[::-1], TEXTS[1:4]]:
         batch = encode(texts)
         np.testing.assert_allclose(session.run(None, batch)[0], expected_logits(path, heads, batch)[0], atol=1e-5)
@@ -114,5 +114,5 @@ def test_a_graph_without_layers_gets_no_exits():
     model = ir.Model(
         ir.Graph([x], [y], nodes=[ir.node("Relu", [x], outputs=[y])], opset_imports={"": 18}), ir_version=9
     )
-    with pytest.raises(GraphError, match="no values between its layers"):
+    with pytest.raises(GraphError, match="no hidden states between its layers"):
         exits(model, passes.Context(4, WIDTH, exits=(make_head(0),)))

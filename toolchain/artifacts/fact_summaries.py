@@ -37,8 +37,9 @@ def summarize_exits(facts: Mapping[str, Any]) -> str:
     places = [f"after layer {layer}" if layer else "after the embeddings" for layer in facts["layers"]]
     shares = ", ".join(f"{share:.0%} {place}" for share, place in zip(facts["shares"], places, strict=True))
     return (
-        f"Of {facts['held_out_rows']} held-out rows, {shares} exit with a confidence of at least "
-        f"{facts['confidence']:g}; accuracy drop {facts['drop']:.2f} points, expected work {facts['work']:.0%}"
+        f"Exits of {facts['held_out_rows']} held-out rows: {shares}. The confidence threshold is "
+        f"{facts['confidence']:g}. The accuracy drop on these rows is {facts['drop']:.2f} points, and the expected "
+        f"work is {facts['work']:.0%} of the work without exits"
     )
 
 

@@ -273,10 +273,11 @@ class Compile:
 @strict
 @dataclass(frozen=True)
 class Exits:
-    """Adds exits to the ONNX graph of a text classifier, behind which sure texts skip the other layers.
+    """Adds exits to the ONNX graph of a text classifier.
 
-    The heads of the exits learn from the logits of the graph itself, on training rows. The confidence from which a text
-    exits is chosen on held-out rows.
+    An exit is a small network (a head) after a layer, which predicts the label. If its confidence reaches a threshold,
+    the text skips the later layers. The heads learn the logits of the parent's graph on training rows. The step chooses
+    the threshold on held-out rows.
 
     Attributes:
         layers: Numbers of encoder layers before the exits, ascending; 0 for an exit after the embeddings. None lets the

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from toolchain.results.session_settings import DEFAULT, SessionSettings
+from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx_ir as ir
+
+    from toolchain.backends.ort import OrtSession
 
 
 @dataclass(frozen=True)
@@ -126,3 +131,18 @@ def open_session(folder: Path, runtime: str, place: Place) -> Session:
         DeviceMemoryError: The device has too little memory.
     """
     return session_class(BACKENDS[runtime].session)(folder, place)
+
+
+@contextmanager
+def open_graph(graph: ir.Model, threads: int) -> Iterator[OrtSession]:
+    """Opens a session of a graph in memory on the CPU; closes the session when the block ends."""
+    from toolchain import passes
+    from toolchain.backends.ort import OrtSession
+
+    with temporary_folder() as folder:
+        passes.write(graph, folder / "model.onnx")
+        session = OrtSession(folder, Place("cpu", threads))
+        try:
+            yield session
+        finally:
+            session.close()

@@ -1,4 +1,4 @@
-"""Exits: builds a variant in which sure texts skip the last layers."""
+"""Exits: builds a variant in which texts can skip the last layers."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def exits(
     label: str,
     dry_run: bool,
 ) -> None:
-    """Let texts whose label is sure skip the last layers: onnx-int8 becomes onnx-exits-int8.
+    """Let texts skip the last layers if an early prediction is confident: onnx-int8 becomes onnx-exits-int8.
 
-    An exit is a small network behind a layer, which predicts the label. If it is sure, the layers behind it do not run.
-    The command trains the exits on the answers of the variant itself, and chooses their places, and the confidence from
-    which a text exits, on held-out rows. In a batch, only the texts that are not sure go on.
+    An exit is a small network after a layer, which predicts the label. If its confidence reaches a threshold, the later
+    layers do not run. The command trains the exits on the logits of the variant. It chooses their layers and the
+    threshold on held-out rows. In a batch, the later layers run only for texts below the threshold.
 
     \b
     Examples:

@@ -99,8 +99,8 @@ def _parse_destination(context: click.Context, parameter: click.Parameter, value
     "--exit-confidence",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     metavar="CONFIDENCE",
-    help="Confidence from which texts exit, for variants with exits; one of those that the build measured.  [default: "
-    "the confidence that the build chose]",
+    help="Confidence threshold of variants with exits, one of those that the build measured. A text exits if its "
+    "confidence reaches this threshold.  [default: the threshold that the build chose]",
 )
 @click.option(
     "--push",

@@ -110,7 +110,7 @@ class Row:
 
     @functools.cached_property
     def mean_speedup(self) -> Ratio | None:
-        """Returns the speed-up of the mean latency, which exits lower more than the median; None without samples."""
+        """Returns the ratio of the mean latencies of baseline and row; None without samples."""
         return self._paired_ratio(lambda m: m.latency, Samples.means)
 
     @functools.cached_property

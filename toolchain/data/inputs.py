@@ -247,11 +247,11 @@ def sentence_rows(data: Data, rows: Sequence[int], count: int) -> list[int]:
     return list(long_rows if len(long_rows) >= 2 * count else rows)[:count]
 
 
-def rows_apart(data: Data, rows: Sequence[int], held_out_rows: Sequence[int]) -> list[int]:
-    """Returns the `rows` whose text is no part of a held-out text.
+def exclude_overlaps(data: Data, rows: Sequence[int], held_out_rows: Sequence[int]) -> list[int]:
+    """Returns the `rows` whose text is not contained in a held-out text.
 
-    SST-2 has the phrases of its sentences as rows of their own. A model that learned a phrase knows a part of the
-    sentence, so the sentence would not judge it fairly.
+    In SST-2, phrases of a sentence are separate rows. A model that was trained on the phrases of a held-out sentence
+    would get too high a score on this sentence.
     """
     joined = "\n".join(_one_line(data.texts[row]) for row in held_out_rows)
     return [row for row in rows if _one_line(data.texts[row]) not in joined]

@@ -1,1 +1,1 @@
-"""Exits of a graph: learns their heads, and chooses their layers and the confidence from which a text exits."""
+"""Exits of a graph: trains their heads, and chooses their layers and their confidence threshold."""

@@ -1,4 +1,4 @@
-"""Chooses the layers of exits, and the confidence from which a text exits, on held-out rows."""
+"""Chooses the layers and the confidence threshold of exits on held-out rows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ EXIT_WEIGHTS = 150_000
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the heads and the graph answer to held-out rows.
+    """Predictions of the heads and of the graph for held-out rows.
 
     Attributes:
         confidences: Confidence of each head for each row, of shape [heads, rows].
-        right: Whether each head, and at last the graph, gives the right answer to each row, of shape [heads + 1, rows].
+        right: Whether the prediction for each row is right, of shape [heads + 1, rows]. The last line is for the graph.
         layer_weights: Number of weights of each encoder layer.
     """
 
@@ -36,12 +36,12 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Point:
-    """The effect of exits with one confidence on held-out rows.
+    """The effect of one confidence threshold on held-out rows.
 
     Attributes:
-        confidence: Smallest confidence with which a text exits.
+        confidence: Confidence threshold, the smallest confidence with which a text exits.
         drop: Accuracy drop below the graph without exits, in percentage points.
-        shares: Share of the rows that leave at each exit.
+        shares: Share of the rows that use each exit.
         work: Mean work of a row, relative to the graph without exits.
     """
 
@@ -53,7 +53,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen exits: their layers, the chosen point, and the points of the other confidences."""
+    """The chosen exits: their layers, the chosen point, and the points of all thresholds."""
 
     layers: tuple[int, ...]
     point: Point
@@ -74,12 +74,12 @@ def choose(held_out: HeldOut, max_drop: float, layers: Sequence[int] | None) -> 
     """Chooses the exits with the least expected work whose accuracy drop is at most `max_drop`.
 
     Args:
-        held_out: What the heads and the graph answer.
+        held_out: Predictions for the held-out rows.
         max_drop: Largest accuracy drop, in percentage points.
         layers: Layers of the exits; None to choose up to `MOST_EXITS` of them.
 
     Raises:
-        VerdictError: No choice keeps the drop and saves work.
+        VerdictError: Every choice exceeds `max_drop`, or saves no work.
     """
     count = len(held_out.confidences)
     candidates = (
@@ -104,7 +104,7 @@ def choose(held_out: HeldOut, max_drop: float, layers: Sequence[int] | None) -> 
 
 
 def _point(held_out: HeldOut, layers: Sequence[int], confidence: float) -> Point:
-    """Returns the effect of exits behind these layers on the held-out rows."""
+    """Returns the effect of exits after these layers on the held-out rows."""
     import numpy as np
 
     rows = held_out.right.shape[1]

@@ -1,4 +1,4 @@
-"""Learns the heads of exits from what the graph itself computes for training rows."""
+"""Trains the heads of exits on hidden states and logits that the graph computes for training rows."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts.store import Artifact
-from toolchain.backends import Place
-from toolchain.backends.ort import OrtSession
+from toolchain.backends import open_graph
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import Text
 from toolchain.data.labels import MULTI, label_probabilities
-from toolchain.passes import read, write
+from toolchain.passes import read
 from toolchain.passes.exits import hidden_states, pool
 from toolchain.progress import Progress
 from toolchain.system import hardware
-from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,11 +31,11 @@ TEMPERATURES = tuple(2 ** (step / 20) for step in range(-40, 61))
 
 @dataclass(frozen=True)
 class Observations:
-    """What the graph computes for some texts.
+    """Hidden states and logits that the graph computes for texts.
 
     Attributes:
-        means: For each hidden state behind which an exit can be, the mean over the tokens of each text, of shape
-            [texts, width].
+        means: The mean of each hidden state over the tokens of each text, of shape [texts, width]. The hidden states
+            are those of `toolchain.passes.exits.hidden_states`.
         logits: Logits of shape [texts, labels].
     """
 
@@ -71,7 +69,7 @@ def observe(artifact: Artifact, texts: Sequence[Text], batch_size: int, progress
     """Runs the graph of the artifact on texts, in batches of texts of similar lengths.
 
     Raises:
-        GraphError: The graph has no hidden states behind which exits could be.
+        GraphError: The function `hidden_states` finds no hidden states.
     """
     import numpy as np
 
@@ -83,18 +81,13 @@ def observe(artifact: Artifact, texts: Sequence[Text], batch_size: int, progress
     logits_name = graph.graph.outputs[0].name or ""
     names = [*pool(graph, hidden_states(graph)), logits_name]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    with temporary_folder() as folder:
-        write(graph, folder / "model.onnx")
-        session = OrtSession(folder, Place("cpu", hardware.cores()))
-        try:
-            for start in range(0, len(order), batch_size):
-                progress(start, len(order), "running the graph on training rows")
-                batch = pad([rows[index] for index in order[start : start + batch_size]], encoder.names, encoder.pad_id)
-                outputs = session.outputs(batch)
-                for name in names:
-                    parts[name].append(outputs[name])
-        finally:
-            session.close()
+    with open_graph(graph, hardware.cores()) as session:
+        for start in range(0, len(order), batch_size):
+            progress(start, len(order), "running the graph on rows of the training data")
+            batch = pad([rows[index] for index in order[start : start + batch_size]], encoder.names, encoder.pad_id)
+            outputs = session.outputs(batch)
+            for name in names:
+                parts[name].append(outputs[name])
     place = np.argsort(order)
     *means, logits = (np.concatenate(parts[name])[place] for name in names)
     return Observations(tuple(means), logits)

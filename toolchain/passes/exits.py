@@ -1,8 +1,9 @@
-"""Exits: a text whose label is sure after some layers skips the layers behind the exit.
+"""Exits: a text skips the later layers if the prediction after an early layer is confident.
 
-Behind a hidden state, a small head predicts logits. If the head is sure of all texts of a batch, an `If` skips the rest
-of the graph. Otherwise the branch of the `If` gathers the rows of the other texts, computes their logits with the next
-layers, and puts them in their place. The branch can contain the next exit. DeeBERT (https://arxiv.org/abs/2004.12993)
+After a layer, a small network (the head) predicts the logits from the hidden states. If its confidence reaches the
+threshold for all texts of the batch, an `If` node skips the remaining nodes. Otherwise a branch of the `If` node
+gathers the rows of the other texts, and computes the next layers for these rows only. It then replaces the head's
+logits of these rows. The branch can contain the next exit. DeeBERT (https://arxiv.org/abs/2004.12993)
 and PABEE (https://arxiv.org/abs/2006.04152) describe exits of encoders.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import GraphError
-from toolchain.passes.graph import MASK, array_of, constant
+from toolchain.passes.graph import MASK, adder, array_of, constant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 # Each encoder layer has exactly one of these nodes.
 ATTENTION = ("MultiHeadAttention", "Attention", "QAttention", "Softmax")
-# Name of the stored confidence from which a text exits
+# Name of the stored confidence threshold
 CONFIDENCE = "exits/confidence"
 # These nodes read the shape of a value, not its content.
 SHAPE_READERS = ("Shape", "Size")
@@ -38,8 +39,8 @@ class ExitHead:
         layer: Number of encoder layers before the exit; 0 for an exit after the embeddings.
         weights: Weights of the two linear layers, of shape [width, units] and [units, labels].
         biases: Biases of the two linear layers, of shape [units] and [labels].
-        confidence: Smallest confidence with which a text exits: the probability of the predicted label. If a text can
-            have several labels, the confidence is that of the least certain label.
+        confidence: Confidence threshold, the smallest confidence with which a text exits. The confidence is the
+            probability of the predicted label. If a text can have several labels, it is the smallest over all labels.
         several_labels: Whether a text can have several labels.
     """
 
@@ -53,8 +54,8 @@ class ExitHead:
 def hidden_states(model: ir.Model) -> list[ir.Value]:
     """Returns the hidden states after the embeddings and after each encoder layer but the last, first to last.
 
-    A hidden state is a value on every path from the tokens to the logits, so that the layers behind it need nothing
-    else that depends on the tokens.
+    A hidden state is a value on every path from the tokens to the logits. The later layers therefore need no other
+    value that depends on the tokens.
 
     Raises:
         GraphError: The graph has no attention that the function knows, or no such value between its layers.
@@ -74,7 +75,7 @@ def hidden_states(model: ir.Model) -> list[ir.Value]:
         if len(live) == 1:
             states[layers] = next(iter(live))
     if not layers or not set(range(layers)) <= set(states):
-        raise GraphError("The graph has no values between its layers, behind which exits could be.", "Leave exits out.")
+        raise GraphError("The graph has no hidden states between its layers that exits could read.", "Leave exits out.")
     return [states[layer] for layer in range(layers)]
 
 
@@ -129,7 +130,7 @@ def pool(model: ir.Model, states: Sequence[ir.Value]) -> list[str]:
 
 
 def exits(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Puts an exit behind the hidden state of each head in `context.exits`, by ascending layer; counts the exits.
+    """Adds an exit after the hidden state of each head in `context.exits`, by ascending layer; counts the exits.
 
     The graph must be that of a text classifier, with logits of shape [batch, labels] as its only output.
 
@@ -153,7 +154,7 @@ def exits(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def change_confidence(model: ir.Model, change: Callable[[float], float]) -> None:
-    """Changes the confidence from which texts exit, in all exits of a graph."""
+    """Changes the confidence threshold of all exits of a graph; `change` maps the old value to the new one."""
     import numpy as np
     import onnx_ir as ir
 
@@ -165,7 +166,7 @@ def change_confidence(model: ir.Model, change: Callable[[float], float]) -> None
 def _move_weights(model: ir.Model) -> None:
     """Moves each weight that only one branch reads into this branch.
 
-    ONNX Runtime prepares the weights of a graph for its kernels when it loads them, but not those of an outer graph.
+    When ONNX Runtime loads a branch, it prepacks the weights of the branch, but not weights of the outer graph.
     """
     for name, weight in list(model.graph.initializers.items()):
         graphs = {node.graph for node in weight.consumers()}
@@ -176,7 +177,7 @@ def _move_weights(model: ir.Model) -> None:
 
 @dataclass
 class _Scope:
-    """The nodes of a graph or of a branch, which is in construction.
+    """The new nodes of a graph or of a branch.
 
     Attributes:
         model: The model, whose main graph has the weights of all branches.
@@ -191,14 +192,8 @@ class _Scope:
     nodes: list[ir.Node] = field(default_factory=list)
 
     def add(self, operator: str, inputs: Sequence[ir.Value], suffix: str, **attributes: Any) -> ir.Value:
-        """Adds a node with one output, and returns the output."""
-        import onnx_ir as ir
-
-        name = f"{self.name}/{suffix}"
-        node = ir.node(operator, inputs, attributes, name=name)
-        node.outputs[0].name = name
-        self.nodes.append(node)
-        return node.outputs[0]
+        """Adds a node with one output, and returns the output; see `adder`."""
+        return adder(self.name, self.nodes)(operator, inputs, suffix, **attributes)
 
     def number(self, value: int, is_list: bool = False) -> ir.Value:
         """Returns a stored integer, or a list of this integer."""
@@ -208,17 +203,17 @@ class _Scope:
         return constant(self.model, f"exits/{shape}/{value}", np.array([value] if is_list else value, np.int64))
 
     def find(self, value: ir.Value) -> ir.Value:
-        """Returns the value of the branch for a value of the original graph, which may be of an outer graph."""
+        """Returns the copy of a value in this branch; returns the value itself if the branch has no copy."""
         return self.values.get(value, value)
 
     def compute(self, target: ir.Value) -> ir.Value:
-        """Copies the nodes that compute `target` from values of the branch; returns the value of the branch."""
+        """Copies the nodes that compute `target` into the branch, and returns the copy of `target`."""
         missing = _nodes_between(self.values, target)
         depends = set(self.model.graph.inputs)
         for node in self.model.graph:
             if not depends.isdisjoint(node.inputs):
                 depends.update(node.outputs)
-                if node in missing:  # a branch can read what depends on no input from the outer graph
+                if node in missing:  # a branch can read all other values from the outer graph
                     self._copy(node)
         return self.find(target)
 
@@ -239,25 +234,25 @@ class _Scope:
 
 
 def _exit(scope: _Scope, targets: Sequence[ir.Value], heads: Sequence[ExitHead]) -> ir.Value:
-    """Adds the nodes of an exit and of everything behind it; returns the logits of all texts of the scope.
+    """Adds the nodes of an exit and all later nodes; returns the logits of all texts of the scope.
 
     Args:
         scope: The graph or branch, which contains the first target already.
         targets: Values of the original graph: the hidden state of each head, and the logits.
-        heads: The head of this exit, and the heads behind it.
+        heads: The head of this exit, and all later heads.
     """
     import onnx_ir as ir
 
     model, head = scope.model, heads[0]
     state, mask = scope.find(targets[0]), scope.find(_mask(model))
     logits = _head_logits(scope, _mean(scope, _token_shares(scope, mask), state, "exit"), head)
-    rows = _unsure_rows(scope, logits, head)
+    rows = _remaining_rows(scope, logits, head)
     all_sure = scope.add("Equal", [scope.add("Size", [rows], "unsure"), scope.number(0)], "all_sure")
 
     then, rest = _Scope(model, f"{scope.name}/done"), _Scope(model, f"after{head.layer}")
     done = then.add("Identity", [logits], "logits")
     index = rest.add("Unsqueeze", [rows, rest.number(1, is_list=True)], "index")
-    for value in (targets[0], *model.graph.inputs, *_measured_later(model, targets)):
+    for value in (targets[0], *model.graph.inputs, *_shape_sources(model, targets)):
         rest.values[value] = rest.add("Gather", [scope.find(value), rows], f"rows/{value.name}", axis=0)
     deeper = rest.compute(targets[1])
     if len(heads) > 1:
@@ -270,12 +265,12 @@ def _exit(scope: _Scope, targets: Sequence[ir.Value], heads: Sequence[ExitHead])
     return scope.add("If", [all_sure], "logits", **branches)
 
 
-def _measured_later(model: ir.Model, targets: Sequence[ir.Value]) -> list[ir.Value]:
-    """Returns the values before the first target of which nodes behind it read the shape."""
+def _shape_sources(model: ir.Model, targets: Sequence[ir.Value]) -> list[ir.Value]:
+    """Returns the values before the first target whose shape a node after the first target reads."""
     before = _nodes_between(set(), targets[0])
     texts = {value for node in _text_nodes(model) if node in before for value in node.outputs}
-    behind = _nodes_between(texts, targets[-1])
-    measured = {value for node in behind for value in node.inputs if value is not None and value in texts}
+    after = _nodes_between(texts, targets[-1])
+    measured = {value for node in after for value in node.inputs if value is not None and value in texts}
     return sorted(measured - {targets[0]}, key=lambda value: value.name or "")
 
 
@@ -332,8 +327,8 @@ def _head_logits(scope: _Scope, mean: ir.Value, head: ExitHead) -> ir.Value:
     return value
 
 
-def _unsure_rows(scope: _Scope, logits: ir.Value, head: ExitHead) -> ir.Value:
-    """Returns the indices of the texts of which the head is not sure, of shape [texts]."""
+def _remaining_rows(scope: _Scope, logits: ir.Value, head: ExitHead) -> ir.Value:
+    """Returns the indices of the texts whose confidence is below the threshold, of shape [texts]."""
     import numpy as np
 
     if head.several_labels:  # a label is as certain as its logit is far from 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import GraphError
 
@@ -85,7 +85,7 @@ def adder(name: str, new_nodes: list[ir.Node]) -> Callable[..., ir.Value]:
     """
     import onnx_ir as ir
 
-    def add(operator: str, inputs: Sequence[ir.Value | None], suffix: str, **attributes: int) -> ir.Value:
+    def add(operator: str, inputs: Sequence[ir.Value | None], suffix: str, **attributes: Any) -> ir.Value:
         node = ir.node(operator, inputs, attributes, name=f"{name}/{suffix}")
         node.outputs[0].name = f"{name}/{suffix}"
         new_nodes.append(node)

@@ -16,17 +16,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts.store import Artifact
-from toolchain.backends import Place
-from toolchain.backends.ort import OrtSession
+from toolchain.backends import open_graph
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import TrainingSource
-from toolchain.passes import read, write
+from toolchain.passes import read
 from toolchain.passes.int8 import quantize_weight
 from toolchain.passes.quantize_linear import inputs_with_shared_weights, weights_of
 from toolchain.passes.quantize_static import Activation
 from toolchain.system import hardware
-from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,15 +175,10 @@ def _yield_values(
     """Yields the named values for each row; every batch is one row, so that no padding enters calibration."""
     graph = read(artifact.onnx_path)
     _add_outputs(graph, names)
-    with temporary_folder() as folder:
-        write(graph, folder / "model.onnx")
-        session = OrtSession(folder, Place("cpu", hardware.cores()))
-        try:
-            for row in rows:
-                outputs = session.outputs(pad([row], encoder.names, encoder.pad_id))
-                yield {name: outputs[name] for name in names}
-        finally:
-            session.close()
+    with open_graph(graph, hardware.cores()) as session:
+        for row in rows:
+            outputs = session.outputs(pad([row], encoder.names, encoder.pad_id))
+            yield {name: outputs[name] for name in names}
 
 
 def _add_outputs(graph: ir.Model, names: list[str]) -> None:

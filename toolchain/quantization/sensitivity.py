@@ -9,21 +9,20 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts.store import Artifact
-from toolchain.backends import Place
+from toolchain.backends import open_graph
 from toolchain.backends.ort import OrtSession
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import REGRESSION, SINGLE, TOKENS, Answer, Tokens, answers, divergence
 from toolchain.errors import GraphError
-from toolchain.passes import read, rewrite, write
+from toolchain.passes import read, rewrite
 from toolchain.passes.model_shape import context_of
 from toolchain.passes.quantize_linear import layers_of
 from toolchain.passes.quantize_static import Activation
 from toolchain.progress import Progress
 from toolchain.results.scores import score_answers
 from toolchain.system import hardware
-from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,14 +97,9 @@ class SensitivitySetup:
     def session(self, keep: Sequence[str]) -> Iterator[OrtSession]:
         """Opens a CPU session of the graph with every linear layer quantised except those in `keep`."""
         context = replace(context_of(self.artifact.path), keep=frozenset(keep), activations=self.activations)
-        with temporary_folder() as folder:
-            graph, _ = rewrite(read(self.artifact.onnx_path), self.passes, context)
-            write(graph, folder / "model.onnx")
-            session = OrtSession(folder, Place("cpu", hardware.cores()))
-            try:
-                yield session
-            finally:
-                session.close()
+        graph, _ = rewrite(read(self.artifact.onnx_path), self.passes, context)
+        with open_graph(graph, hardware.cores()) as session:
+            yield session
 
     def outputs(self, session: OrtSession, count: int) -> tuple[np.ndarray, list[Answer]]:
         """Runs the first `count` held-out rows; every batch is one row.

@@ -186,7 +186,7 @@ class Vocabulary(TypedDict):
 
 @open_record
 class ExitPoint(TypedDict):
-    """The effect of exits with one confidence on held-out rows."""
+    """The effect of one confidence threshold on held-out rows."""
 
     confidence: Amount
     drop: float
@@ -196,7 +196,7 @@ class ExitPoint(TypedDict):
 
 @open_record
 class ExitsFact(ExitPoint):
-    """The fact ``exits``: the layers of the exits, the chosen confidence, and the effect of other confidences."""
+    """The fact ``exits``: the layers of the exits, the chosen threshold, and the effect of all thresholds."""
 
     layers: list[Count]
     held_out_rows: Count

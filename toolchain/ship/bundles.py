@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import passes
+from toolchain.artifacts.fact_summaries import summarize_exits
 from toolchain.artifacts.manifest import TensorSpec
 from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.steps import settings_of, step_name
@@ -284,7 +285,7 @@ def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path)
 
 
 def _exits_entry(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the exits of a model: which share of the held-out rows leaves after which number of layers."""
+    """Returns the exits of a model, with the share of the held-out rows that uses each exit."""
     return {name: facts[name] for name in ("layers", "confidence", "shares", "drop", "work", "held_out_rows")}
 
 
@@ -327,6 +328,7 @@ def template_environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters["c_string"] = format_c_string
+    environment.filters["exits"] = summarize_exits
     environment.filters["json"] = to_json
     environment.filters["line"] = escape_line
     environment.filters["markdown"] = escape_markdown

@@ -1,4 +1,4 @@
-"""Another point of the measured curve of a variant with exits: more speed or fewer wrong labels, without training."""
+"""Changes the confidence threshold of a variant with exits to another threshold that the build measured."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from toolchain.errors import ShippingError
 from toolchain.passes.exits import change_confidence
 
 
-def at_confidence(artifact: Artifact, confidence: float, folder: Path) -> Artifact:
-    """Returns a copy of the artifact in `folder`, in which texts exit from another confidence.
+def with_exit_confidence(artifact: Artifact, confidence: float, folder: Path) -> Artifact:
+    """Returns a copy of the artifact in `folder` with another confidence threshold.
 
-    The copy has another id, so no benchmark figures belong to it.
+    The copy has a new id, so a bundle states no benchmark figures for it.
 
     Raises:
-        ShippingError: The artifact has no exits, or their curve has no such confidence.
+        ShippingError: The artifact has no exits, or its build did not measure this threshold.
     """
     name, facts = artifact.manifest.variant, artifact.manifest.facts
     if "exits" not in facts:
@@ -25,7 +25,7 @@ def at_confidence(artifact: Artifact, confidence: float, folder: Path) -> Artifa
     curve = {point["confidence"]: point for point in facts["exits"]["curve"]}
     if confidence not in curve:
         raise ShippingError(
-            f"The exits of {name} were not measured with the confidence {confidence:g}.",
+            f"The build of {name} did not measure the exit confidence {confidence:g}.",
             f"Use one of {', '.join(f'{each:g}' for each in curve)}.",
         )
     graph = passes.read(artifact.onnx_path)

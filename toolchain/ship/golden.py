@@ -8,51 +8,53 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import passes
 from toolchain.artifacts.store import Artifact
-from toolchain.backends import Place
+from toolchain.backends import Place, open_graph
 from toolchain.backends.ort import OrtSession, saturates
 from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import ShippingError
 from toolchain.passes.exits import change_confidence
 from toolchain.ship.process import GOLDEN_ROWS
-from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
 
-# Shift of the confidence's log-odds under which a golden sentence keeps its exit; the largest difference of logits that
-# `TOLERANCES` allows.
+# A golden sentence must keep its exit if the log-odds of the confidence threshold change by this amount. The value is
+# the largest difference of int8 logits that `TOLERANCES` allows.
 MARGIN = 0.5
 
 
-def steady_sentences(artifacts: Sequence[Artifact], sentences: Sequence[str]) -> list[str]:
-    """Returns the sentences whose logits come from the same exit, also if another machine rounds the logits otherwise.
+def select_stable_sentences(artifacts: Sequence[Artifact], sentences: Sequence[str]) -> list[str]:
+    """Returns the sentences that use the same exit on every machine.
 
-    A sentence near the confidence of an exit could leave there on one machine and go on on another one, which gives
-    very different logits.
+    Machines round differently. If the confidence of a sentence is near the threshold, one machine could use an exit and
+    another machine the next layers. The logits of the two machines would then be very different.
+
+    Raises:
+        ShippingError: No sentence is left.
     """
     kept = list(sentences)
     for artifact in artifacts:
         if artifact.manifest.variant.parts.exits:
             lower, upper = (_logits(artifact, kept, shift) for shift in (-MARGIN, MARGIN))
             kept = [text for text, a, b in zip(kept, lower, upper, strict=True) if a == b]
+    if not kept:
+        raise ShippingError(
+            "The confidence of every golden sentence is near the threshold of an exit.",
+            "Use another --exit-confidence, or ship a variant without exits.",
+        )
     return kept
 
 
 def _logits(artifact: Artifact, sentences: Sequence[str], shift: float) -> list[tuple[float, ...]]:
-    """Returns the logits of each sentence alone, with shifted log-odds of the confidence from which a text exits."""
+    """Returns the logits of each sentence at batch 1, with shifted log-odds of the confidence threshold."""
     graph = passes.read(artifact.onnx_path)
     change_confidence(graph, lambda confidence: 1 / (1 + (1 - confidence) / confidence * math.exp(-shift)))
     encoder = Encoder.open(
         artifact.path, [spec.name for spec in artifact.manifest.inputs], artifact.manifest.max_length
     )
-    with temporary_folder() as folder:
-        passes.write(graph, folder / artifact.onnx_path.name)
-        session = OrtSession(folder, Place("cpu", 1))
-        try:
-            batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(sentences)]
-            return [tuple(session.run(batch)[0].tolist()) for batch in batches]
-        finally:
-            session.close()
+    batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(sentences)]
+    with open_graph(graph, 1) as session:
+        return [tuple(session.run(batch)[0].tolist()) for batch in batches]
 
 
 def golden_content(artifacts: Sequence[Artifact], sentences: Sequence[str], encoder: Encoder) -> dict[str, Any]:

@@ -36,8 +36,8 @@ from toolchain.results.session_settings import AppSettings
 from toolchain.ship import bundles, checking
 from toolchain.ship.bundle_files import verify as bundle_verifier
 from toolchain.ship.bundles import Contents, Provenance
-from toolchain.ship.exit_points import at_confidence
-from toolchain.ship.golden import steady_sentences
+from toolchain.ship.exit_points import with_exit_confidence
+from toolchain.ship.golden import select_stable_sentences
 from toolchain.ship.signing import Signer, Verifier
 from toolchain.ship.targets import TARGETS, WEBGPU, Target, clients, device, webgpu
 from toolchain.ship.targets.releases import DEFAULT
@@ -75,7 +75,7 @@ class Order:
         signer: Private key that signs the bundle; None for a bundle without a signature.
         session: Session file of one of the variants; None for default settings.
         objective: Objective whose settings the bundle takes from `session`, one of `OBJECTIVES`.
-        exit_confidence: Confidence from which texts exit; None for the confidence that the build chose.
+        exit_confidence: Confidence threshold of the exits; None for the threshold that the build chose.
     """
 
     variants: tuple[str, ...]
@@ -104,7 +104,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
 
     Raises:
         ShippingError: The target cannot run a variant, the variants have different tokenizers, the session file
-            belongs to another artifact, or the exits of a variant were not measured with `exit_confidence`.
+            belongs to another artifact, or the build of a variant did not measure `exit_confidence`.
         VerdictError: A variant failed its validation, or a model file's logits differ from the artifact's logits.
         ArtifactError: `output` is a file, a folder without a bundle, or a modified bundle.
         ProviderError: onnxruntime-extensions is not installed.
@@ -121,7 +121,9 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
     if order.exit_confidence is None:
         return _ship(workspace, order, artifacts, output, say)
     with temporary_folder() as scratch:
-        artifacts = [at_confidence(each, order.exit_confidence, scratch / each.manifest.variant) for each in artifacts]
+        artifacts = [
+            with_exit_confidence(each, order.exit_confidence, scratch / each.manifest.variant) for each in artifacts
+        ]
         return _ship(workspace, order, artifacts, output, say)
 
 
@@ -158,7 +160,9 @@ def _ship(workspace: Workspace, order: Order, artifacts: Sequence[Artifact], out
         target,
         artifacts,
         _provenance(workspace, artifacts[0].manifest, order.license),
-        steady_sentences(artifacts, [*TEXTS.values(), *map(str, inputs.load_embedded().sample(SENTENCES, SEED))]),
+        select_stable_sentences(
+            artifacts, [*TEXTS.values(), *map(str, inputs.load_embedded().sample(SENTENCES, SEED))]
+        ),
         {artifact_id: _measurement_entry(*row) for artifact_id, row in measurements.items()},
         page_files,
         order.with_tokenizer,

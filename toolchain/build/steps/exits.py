@@ -1,4 +1,4 @@
-"""Exits: lets sure texts skip the last layers of an ONNX graph."""
+"""Exits: lets texts skip the last layers of an ONNX graph if an early prediction is confident."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ MIN_TRAINING_ROWS = 100
 
 
 def add_exits(job: Job[Exits]) -> StepResult:
-    """Learns the heads on training rows, chooses the exits on held-out rows, and puts them into the parent's graph.
+    """Trains heads on training rows, chooses exits on held-out rows, and adds these exits to the parent's graph.
 
     Raises:
         GraphError: The parent does not classify texts, or its graph has no place for one of the exits.
         DataError: The training data is unreadable, has too few rows or does not fit the model.
-        VerdictError: No exits keep the accuracy drop that the step allows.
+        VerdictError: Every choice of exits loses more accuracy than the step allows, or saves no work.
     """
     step, parent = job.step, job.parent_artifact
     task = parent.label_set.task
     if task not in (SINGLE, MULTI):
         raise GraphError(
-            f"{parent.manifest.variant} does not classify texts, so no text can be sure of its label.",
+            f"{parent.manifest.variant} does not classify texts, so its predictions have no confidence.",
             "Leave exits out.",
         )
     graph = read(parent.onnx_path)
@@ -48,24 +48,27 @@ def add_exits(job: Job[Exits]) -> StepResult:
         )
     data = job.train.load(parent.label_set)
     train_rows, held_out_rows = inputs.hold_out(data)
-    train_rows = inputs.rows_apart(data, train_rows, held_out_rows)[: step.sentences]
+    train_rows = inputs.exclude_overlaps(data, train_rows, held_out_rows)[: step.sentences]
     if len(train_rows) < MIN_TRAINING_ROWS:
         raise DataError(
-            f"{data.name} has only {len(train_rows)} rows that are no part of a held-out row.",
+            f"{data.name} has only {len(train_rows)} training rows whose text is not contained in a held-out row.",
             f"Pass data with at least {MIN_TRAINING_ROWS} such rows.",
         )
     train_texts = [data.texts[row] for row in train_rows]
     held_out = data.select(held_out_rows)
-    taught = heads.observe(parent, train_texts, BATCH_SIZE, job.progress)
-    judged = heads.observe(parent, held_out.texts, 1, job.progress)  # a batch of int8 rows shares its scales
-    targets = _targets(held_out.labels, judged.logits.shape[1], task)
+    training = heads.observe(parent, train_texts, BATCH_SIZE, job.progress)
+    # The rows of an int8 batch share activation scales, so each held-out row is a batch of its own.
+    evaluation = heads.observe(parent, held_out.texts, 1, job.progress)
+    targets = _targets(held_out.labels, evaluation.logits.shape[1], task)
     networks = []
-    for index, (means, held_out_means) in enumerate(zip(taught.means, judged.means, strict=True)):
-        job.progress(index, len(taught.means), "training the heads of the exits")
-        network = heads.train(means, taught.logits, task, step.seed)
+    for index, (means, held_out_means) in enumerate(zip(training.means, evaluation.means, strict=True)):
+        job.progress(index, len(training.means), "training the heads of the exits")
+        network = heads.train(means, training.logits, task, step.seed)
         networks.append(heads.calibrate(network, held_out_means, targets, task))
-    logits = [network.run(means) for network, means in zip(networks, judged.means, strict=True)]
-    chosen = choice.choose(_judge(logits, judged.logits, held_out.labels, task, weights), step.max_drop, step.layers)
+    logits = [network.run(means) for network, means in zip(networks, evaluation.means, strict=True)]
+    chosen = choice.choose(
+        _compare_with_labels(logits, evaluation.logits, held_out.labels, task, weights), step.max_drop, step.layers
+    )
     exits = [
         ExitHead(layer, networks[layer].weights, networks[layer].biases, chosen.point.confidence, task == MULTI)
         for layer in chosen.layers
@@ -83,7 +86,7 @@ def _targets(labels: Sequence[Answer], count: int, task: str) -> np.ndarray:
     return np.array([[each >> index & 1 for index in range(count)] for each in bits], np.float32)
 
 
-def _judge(
+def _compare_with_labels(
     logits: list[np.ndarray], last_logits: np.ndarray, labels: Sequence[Answer], task: str, weights: tuple[int, ...]
 ) -> choice.HeldOut:
     """Compares the answers of the heads, and of the graph, with the labels of the held-out rows."""

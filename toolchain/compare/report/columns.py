@@ -160,7 +160,7 @@ def has_fallback(row: Row) -> bool:
 
 
 CELL = Column("cell", "cell", _cell)
-# Columns of a comparison in which a variant has exits: its latency depends on the text, and the median hides that.
+# Columns of a comparison with a variant that has exits. Its latency depends on the text, and the median hides this.
 EXIT_COLUMNS = (
     Column("mean", "mean ms (faster)", _mean, "ms"),
     Column("work", "expected work", _expected_work),
@@ -213,7 +213,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     """Returns the columns that a comparison of the rows shows.
 
     An optional column appears only if a row has the figure of the column, and `EXIT_COLUMNS` only if a row has exits.
-    The columns of `group_columns` come first.
+    The columns that `group_columns` returns come first.
     """
     shown = [column for column in COLUMNS if not column.optional or any(column.figure(row) for row in rows)]
     if any(_expected_work(row) for row in rows):

@@ -157,7 +157,7 @@ def _vocabulary_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _exits_notes(rows: Sequence[Row]) -> list[str]:
-    """Returns one line for each cell with exits."""
+    """Returns one line for each cell whose variant has exits."""
     facts_by_cell = [(row.measurement.cell, row.measurement.facts.get("exits")) for row in rows_with_figures(rows)]
     return list(dict.fromkeys(f"{cell}: {summarize_exits(facts)}" for cell, facts in facts_by_cell if facts))
 
