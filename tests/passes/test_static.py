@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from toolchain import passes
 from toolchain.artifacts.steps import Quantize
-from toolchain.backends.ort import session_options
+from toolchain.backends.ort import OrtSession, session_options
 from toolchain.build.pipeline import ensure
 from toolchain.data import encoding, inputs
 from toolchain.data.encoding import pad
@@ -203,12 +203,12 @@ def test_smoothing_factors_are_positive_and_1_for_a_zero_channel(values, strengt
 def test_calibration_uses_single_sentences_and_no_held_out_rows(built_tiny, monkeypatch):
     batches = []
 
-    class RecordingSession(calibration.OrtSession):
-        def outputs(self, batch):
-            batches.append(batch["input_ids"])
-            return super().outputs(batch)
+    def record(session, batch):
+        batches.append(batch["input_ids"])
+        return outputs(session, batch)
 
-    monkeypatch.setattr(calibration, "OrtSession", RecordingSession)
+    outputs = OrtSession.outputs
+    monkeypatch.setattr(OrtSession, "outputs", record)
     artifact = built_tiny.load("onnx-fp32")
     first_result = calibrate(artifact, TrainingSource())
     assert len(batches) == SENTENCES
