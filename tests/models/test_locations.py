@@ -45,6 +45,13 @@ def test_a_record_that_does_not_match_the_manifest_is_ignored(tmp_path, text):
     assert locations.read(tmp_path, source) == source
 
 
+def test_a_path_in_a_manifest_counts_only_by_its_name(tmp_path):
+    forged = Source("folder", "/etc/b", "sha256:0", "/etc/base")
+    assert locations.read(tmp_path, forged) == Source("folder", "b", "sha256:0", "./base")
+    locations.record(tmp_path, Source("folder", "/home/b", "sha256:0", "/home/base"))
+    assert locations.read(tmp_path, forged) == Source("folder", "/home/b", "sha256:0", "/home/base")
+
+
 def test_artifacts_of_another_machine_are_used_without_the_checkpoint(tiny, tiny_checkpoint, tmp_path, monkeypatch):
     model = tiny.exported / tiny.model
     (model / LOCATION).unlink()

@@ -78,8 +78,10 @@ def record(folder: Path, source: Source) -> None:
 def read(folder: Path, source: Source) -> Source:
     """Returns the source of a manifest with the paths that this machine recorded in the model's folder.
 
-    Without a readable record that matches the source, the function returns the source unchanged.
+    Without a readable record that matches the source, the source has only the names of its folders. A path in the
+    manifest itself counts only by its name, because another machine may have written the manifest.
     """
+    source = Source(**source.to_manifest())
     try:
         location = decode(_Location, read_bytes(folder / LOCATION))
     except (OSError, ValueError):
