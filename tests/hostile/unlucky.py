@@ -282,7 +282,7 @@ class Scene:
         with self.folder() as folder:
             log = folder.parent / "strace.txt"
             self.server.run(self.command, folder, ["-e", f"trace={','.join(CALLS)}", "-o", str(log)])
-            calls = Counter(re.findall(r"^(\d+) (\w+)\(", log.read_text(), re.MULTILINE))  # thread and call
+            calls = Counter(re.findall(r"^(\d+) +(\w+)\(", log.read_text(), re.MULTILINE))  # thread and call
         return {call: max((n for (_, c), n in calls.items() if c == call), default=0) for call in CALLS}
 
 
