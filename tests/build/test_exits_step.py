@@ -9,7 +9,7 @@ from conftest import make_checkpoint, needs_node, verify_in_node
 from exit_graphs import open_model
 
 from toolchain import passes
-from toolchain.artifacts.steps import Exits
+from toolchain.artifacts.steps import EXITS_WEIGHT, Exits
 from toolchain.artifacts.variants import derive_variant, get
 from toolchain.backends import Place, open_session
 from toolchain.data import inputs
@@ -143,6 +143,27 @@ def test_a_model_that_does_not_classify_texts_is_refused(tmp_path, say):
     code, _, err = say("exits", "--from", "onnx-fp32", "--model", checkpoint, "--exported", tmp_path / "exported")
     assert code == 1
     assert "does not classify texts" in err
+
+
+def test_recovery_trains_early_layers_on_request(run, say, tiny, tiny_checkpoint, rows):
+    arguments = ("--model", tiny_checkpoint, "--exported", tiny.exported, "--train-data", rows)
+    code, _, err = say("prune", "--ratio", "0.5", "--recover", "1", "--exits", *arguments)
+    assert code == 0, err
+    manifest = manifest_of(tiny, "torch-pruned50-r1")
+    assert manifest["step"]["settings"]["exits"] == EXITS_WEIGHT == manifest["facts"]["recovery"]["exits"]
+    assert run("--from", "onnx-pruned50-r1", "--max-drop", "50")[0] == 0
+    assert manifest_of(tiny, "onnx-pruned50-r1-exits")["facts"]["exits"]["drop"] <= 50
+
+
+def test_recovery_trains_no_exits_where_predictions_have_no_confidence(tmp_path, say, rows):
+    checkpoint = make_checkpoint(tmp_path / "stars", ("stars",))
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
+    arguments = ("--model", checkpoint, "--exported", tmp_path / "exported", "--train-data", rows)
+    code, _, err = say("prune", "--ratio", "0.5", "--method", "magnitude", "--recover", "1", "--exits", *arguments)
+    assert code == 1
+    assert "does not classify texts" in err
+    assert not (tmp_path / "exported" / "stars" / "torch-pruned50-r1").exists()
 
 
 def test_a_drop_that_no_exits_keep_is_a_verdict(run, tiny, monkeypatch):

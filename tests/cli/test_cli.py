@@ -57,6 +57,7 @@ def test_version_prints_name_and_number(say):
         ["bench", "--save-as", "../up"],
         ["bench", "--force"],
         ["validate"],
+        ["prune", "--ratio", "0.5", "--exits"],
         ["export", "--surprise"],
     ],
 )

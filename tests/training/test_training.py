@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from toolchain.models import architectures
 from toolchain.pruning.setup import shared_setup
 from toolchain.training import loop, losses
 from toolchain.training.batches import Batch, batch
+from toolchain.training.exit_heads import ExitHeads
 from toolchain.training.loop import Examples, Recipe, train
 
 RECIPE = Recipe(epochs=2, learning_rate=2e-3, batch_size=8)
@@ -95,11 +97,13 @@ class _RunStopped(Exception):
 
 
 @pytest.mark.parametrize("step", [5, 13, 20, 26])
-def test_a_resumed_run_ends_with_exactly_the_same_weights(task, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("exits", [0.0, 1.0])
+def test_a_resumed_run_ends_with_exactly_the_same_weights(task, tmp_path, monkeypatch, step, exits):
+    recipe = replace(RECIPE, exits=exits)
     teacher, rows, held_out, encoder, _ = task
     complete_student = disturbed_copy(teacher)
     history = train(
-        (complete_student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "whole", "k"), quiet
+        (complete_student, copy.deepcopy(teacher)), (rows, held_out), encoder, recipe, (tmp_path / "whole", "k"), quiet
     )
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)  # With an interval of 0 s, training saves its state after each step.
 
@@ -109,7 +113,7 @@ def test_a_resumed_run_ends_with_exactly_the_same_weights(task, tmp_path, monkey
 
     student = disturbed_copy(teacher)
     with pytest.raises(_RunStopped):
-        train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "part", "k"), stop)
+        train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, recipe, (tmp_path / "part", "k"), stop)
     progress_calls = []
     student = disturbed_copy(teacher)
     resume = (tmp_path / "part", "k")
@@ -117,7 +121,7 @@ def test_a_resumed_run_ends_with_exactly_the_same_weights(task, tmp_path, monkey
         (student, copy.deepcopy(teacher)),
         (rows, held_out),
         encoder,
-        RECIPE,
+        recipe,
         resume,
         lambda *a: progress_calls.append(a),
     )
@@ -322,6 +326,47 @@ def test_matched_layers_skip_removed_layers(task):
     assert architectures.matched_layers(model) == [2]
 
 
+def unexplained_share(model, teacher, rows, encoder):
+    """Returns the share of the variance of the teacher's logits that a linear head after layer 1 does not explain."""
+    parts = rows.batches(encoder)
+    with torch.inference_mode():
+        states = [model(**part.inputs, output_hidden_states=True).hidden_states[1] for part in parts]
+        masks = [part.inputs["attention_mask"].unsqueeze(-1) for part in parts]
+        means = torch.cat([(s * mask).sum(1) / mask.sum(1) for s, mask in zip(states, masks, strict=True)])
+        logits = torch.cat([teacher(**part.inputs).logits for part in parts])
+    design = torch.cat([means, torch.ones(len(means), 1)], dim=1)
+    residual = logits - design @ torch.linalg.lstsq(design, logits).solution
+    return float(residual.square().sum() / (logits - logits.mean(0)).square().sum())
+
+
+def test_training_for_exits_makes_early_layers_predict_better(task, tmp_path):
+    teacher, rows, held_out, encoder, _ = task
+    unexplained = {}
+    for exits in (0.0, 100.0):  # the predictions of the tiny teacher differ little, so their loss is small
+        recipe = replace(RECIPE, epochs=8, exits=exits, patience=8)
+        student = disturbed_copy(teacher)
+        history = train(
+            (student, copy.deepcopy(teacher)), (rows, held_out), encoder, recipe, (tmp_path / str(exits), "k"), quiet
+        )
+        assert history["exits"] == exits
+        assert {name for name, _ in student.named_parameters()} == {name for name, _ in teacher.named_parameters()}
+        unexplained[exits] = unexplained_share(student, teacher, rows, encoder)
+    assert unexplained[100.0] < 0.9 * unexplained[0.0]
+
+
+def test_heads_ignore_padding(task):
+    model = task[0]
+    exit_heads = ExitHeads(model, (0, 2), seed=1)
+    states = [torch.randn(2, 4, model.config.hidden_size) for _ in range(3)]
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    changed = [state.clone() for state in states]
+    for state in changed:
+        state[1, 2:] += 1
+    for logits, same in zip(exit_heads(states, mask), exit_heads(changed, mask), strict=True):
+        assert logits.shape == (2, 2)
+        assert torch.equal(logits, same)
+
+
 def test_hidden_states_of_padding_do_not_change_the_loss(task):
     from types import SimpleNamespace
 
@@ -337,9 +382,10 @@ def test_hidden_states_of_padding_do_not_change_the_loss(task):
             losses.loss(
                 SimpleNamespace(logits=outputs.logits, hidden_states=s),
                 outputs,
+                [],
                 {"attention_mask": mask},
                 Batch({}, torch.tensor([0, 1]), [0, 1]),
-                losses.Weights(0.0, 1.0, 2.0, (1, 2)),
+                losses.Weights(0.0, 1.0, 2.0, matched=(1, 2)),
             )
         )
         for s in (changed_padding, changed_tokens)

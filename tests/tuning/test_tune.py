@@ -16,11 +16,16 @@ from hypothesis import strategies as st
 from short_bench import SHORT
 
 from toolchain import tuning
-from toolchain.artifacts.steps import Quantize
+from toolchain.artifacts.steps import EXITS_WEIGHT, Quantize
 from toolchain.artifacts.variants import lineage
 from toolchain.build import pipeline
+from toolchain.build.pipeline import ensure
+from toolchain.build.workspace import Workspace
 from toolchain.cli.tune import Duration
+from toolchain.data import inputs
+from toolchain.data.inputs import TrainingSource
 from toolchain.errors import ArtifactError, PruningError, VerdictError
+from toolchain.progress import no_bar
 from toolchain.tuning import _choose_start, _fit_in_time, search
 from toolchain.tuning.candidates import (
     DEPTHS,
@@ -453,6 +458,9 @@ def folder(tmp_path_factory):
     rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},1" for i in range(120)]
     for name in ("train.csv", "validation.csv"):
         (folder / name).write_text("sentence,label\n" + "\n".join(rows) + "\n")
+    data = inputs.load_embedded()
+    lines = [f'"{text.replace(chr(34), "")}",{label}' for text, label in zip(data.texts, data.labels, strict=True)]
+    (folder / "sentences.csv").write_text("sentence,label\n" + "\n".join(lines[:400]) + "\n")
     make_checkpoint(folder / "decided", leaning=30)
     return folder
 
@@ -474,9 +482,45 @@ def test_tune_builds_and_measures_and_names_the_best_variant(in_tune_folder, say
     assert report["best"]["variant"] in [outcome["variant"] for outcome in report["front"]]
     assert re.fullmatch(r"onnx-.*int8\+tune.*", report["best"]["variant"])
     assert report["best"]["drop"] <= 1.0
+    assert set(report["spent_s"]) == {"training", "building", "measuring"}
+    assert report["spent_s"]["measuring"] > report["spent_s"]["training"] == 0
     rows = {row["variant"]: row for row in json.loads((folder / report["result"]).read_text())["rows"]}
     assert {"torch-fp32", "onnx-fp32", "onnx-int8", report["best"]["variant"]} <= set(rows)
     assert rows[report["best"]["variant"]]["artifact_id"] == report["best"]["artifact_id"]
+
+
+@pytest.mark.slow
+def test_candidates_get_exits_for_the_rest_of_the_allowed_drop(in_tune_folder, say, folder, monkeypatch):
+    monkeypatch.setattr("toolchain.exits.choice.EXIT_WEIGHTS", 0)  # the layers are smaller than an exit
+    outcomes = {"": (0.1, 1.0), "-exits": (0.9, 1.5)}  # accuracy drop and speed-up, without and with exits
+    measured = []
+
+    def measure(judge, name, chain, candidate):
+        ensure(judge.workspace, [name], chain, quiet)
+        measured.append(name)
+        drop, speedup = outcomes["-exits" if "-exits" in name else ""]
+        return Outcome(name, "id", drop, speedup, speedup, 1000)
+
+    monkeypatch.setattr(tuning._Judge, "_measure_variant", measure)
+    workspace = Workspace.open("./decided", folder / "exported", train=TrainingSource("sentences.csv"))
+    judge = tuning._Judge.open(workspace, tuning.Request("latency", 1.0, 1.0), quiet, no_bar)
+    candidate = Candidate(50, epochs=1)
+    outcome = judge.outcome(candidate)
+    assert measured == ["onnx-pruned50-r1-int8+tune", "onnx-pruned50-r1-exits-int8+tune-drop90"]
+    assert (outcome.variant, outcome.drop) == (measured[1], 0.9)
+    assert outcome.without_exits.variant == measured[0]
+    assert outcome.cost_without_exits("latency") == 1.0 > outcome.cost("latency")
+    manifest = workspace.load("torch-pruned50-r1+tune").manifest
+    assert manifest.step.exits == EXITS_WEIGHT
+    for worse in ((1.1, 1.5), (0.9, 0.9)):
+        outcomes["-exits"] = worse
+        assert judge.outcome(candidate).variant == measured[0]
+    del measured[:]
+    for drop, objective in ((0.97, "latency"), (0.1, "size")):
+        outcomes[""] = (drop, 1.0)
+        other = replace(judge, request=tuning.Request(objective, 1.0, 1.0))
+        assert other.outcome(candidate).variant == "onnx-pruned50-r1-int8+tune"
+    assert len(measured) == 2
 
 
 @pytest.fixture

@@ -92,6 +92,9 @@ class Prune:
             raise SettingsError("--method mask removes nothing.", "Leave --layers and --cost out.")
 
 
+EXITS_WEIGHT = 1.0  # of exits in the loss of `Recover`
+
+
 @strict
 @dataclass(frozen=True)
 class Recover:
@@ -109,6 +112,7 @@ class Recover:
             of training rows × the share of linear parameters that pruning removed.
         masked: Share of the tokens that the mask token replaces in each pair of rows.
         seed: Random seed of the pairs of rows, the masks and the row order.
+        exits: Weight of exits in the loss, which makes exits after early layers more accurate; None for no exits.
     """
 
     epochs: int
@@ -118,6 +122,7 @@ class Recover:
     pairs: float = 1.0
     masked: float = 0.2
     seed: int = 20
+    exits: float | None = None
 
 
 @strict

@@ -64,6 +64,12 @@ from toolchain.cli.building import build
     metavar="EPOCHS",
     help="After pruning, train the pruned model for at most EPOCHS epochs.",
 )
+@click.option(
+    "--exits",
+    "for_exits",
+    is_flag=True,
+    help="With --recover: also train the early layers for early exits, so that `toolchain exits` saves more work.",
+)
 @click.option("--from", "parent", default="torch-fp32", show_default=True, metavar="VARIANT", help="Variant to prune.")
 @training_options
 @name_option
@@ -79,6 +85,7 @@ def prune(
     cost: str,
     layers: int | None,
     epochs: int | None,
+    for_exits: bool,
     parent: str,
     train: TrainingSource,
     label: str,
@@ -96,9 +103,10 @@ def prune(
       toolchain prune --ratio 0.3 --ratio 0.5
       toolchain prune --ratio 0.72 --recover 1
       toolchain prune --ratio 0.65 --layers 4 --recover 2
+      toolchain prune --ratio 0.73 --cost latency --layers 4 --recover 4 --exits
       toolchain prune --max-drop 1.0
     """
-    from toolchain.artifacts.steps import Prune, Recover
+    from toolchain.artifacts.steps import EXITS_WEIGHT, Prune, Recover
     from toolchain.artifacts.variants import derive_variant
     from toolchain.cli.progress import bar, say
     from toolchain.tuning.settings import largest_ratio
@@ -111,6 +119,8 @@ def prune(
         raise click.UsageError(
             "--max-drop builds pruned models without training: it cannot be used with --recover or --dry-run."
         )
+    if for_exits and not epochs:
+        raise click.UsageError("--exits trains the early layers: give --recover too.")
     prunings = [Prune(ratio, method, cost, layers) for ratio in ratios or [0.5]]
     # `derive_variant` is called before the search, so that a wrong parent raises its error at once.
     children = [derive_variant(parent, pruning, label) for pruning in prunings]
@@ -123,5 +133,6 @@ def prune(
     for pruning, variant in zip(prunings, children, strict=True):
         steps[variant.name] = pruning
         if epochs:
-            steps[derive_variant(variant.name, Recover(epochs)).name] = Recover(epochs)
+            recovery = Recover(epochs, exits=EXITS_WEIGHT if for_exits else None)
+            steps[derive_variant(variant.name, recovery).name] = recovery
     build(workspace, steps, dry_run)

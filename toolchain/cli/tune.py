@@ -131,7 +131,8 @@ def tune(
     results = ResultsFolder(folder)
     final_request = run.Request((), ("cpu",), protocol, data, train.columns, results=results)
     run.evaluation_data(workspace, final_request, say)  # Unsuitable data must raise its error before the search.
-    best, front = search(workspace, Request(objective, max_drop, budget), say, bar)
+    found = search(workspace, Request(objective, max_drop, budget), say, bar)
+    best, front = found.best, found.front
     names = dict.fromkeys(["torch-fp32", EXACT, best.baseline, *(outcome.variant for outcome in front)])
     with bar("Pareto front on the validation set") as progress:
         result, journal = run.measure(workspace, replace(final_request, names=tuple(names)), say, progress)
@@ -139,11 +140,11 @@ def tune(
     journal.end()
     say(f"saved: {path}")
     if as_json:
-        report = {"best": asdict(best), "front": [asdict(outcome) for outcome in front], "result": str(path)}
-        echo_json(report)
+        echo_json({**asdict(found), "result": str(path)})
     else:
         print_table(compare([result], f"{best.baseline}@cpu"))
         echo(f"\nbest on held-out rows: {summary(best)}")
+        echo("time: " + ", ".join(f"{seconds / 60:.1f} min {activity}" for activity, seconds in found.spent_s.items()))
         echo(workspace.path(best.variant))
     require_measured(result)
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from toolchain.data.labels import MULTI, label_probabilities
-from toolchain.errors import VerdictError
+from toolchain.artifacts.store import Artifact
+from toolchain.data.labels import MULTI, SINGLE, label_probabilities
+from toolchain.errors import GraphError, VerdictError
 
 if TYPE_CHECKING:
     import numpy as np
 
+CONFIDENT_TASKS = (SINGLE, MULTI)  # tasks whose predictions have a confidence
 MOST_EXITS = 4
 CONFIDENCES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999)
 # The small operators of an exit take about as much time as a product with this number of weights, at batch 1.
@@ -58,6 +60,15 @@ class Choice:
     layers: tuple[int, ...]
     point: Point
     curve: tuple[Point, ...]
+
+
+def require_confidences(artifact: Artifact) -> None:
+    """Raises `GraphError` if the model of the artifact does not classify texts."""
+    if artifact.label_set.task not in CONFIDENT_TASKS:
+        raise GraphError(
+            f"{artifact.manifest.variant} does not classify texts, so its predictions have no confidence.",
+            "Leave exits out.",
+        )
 
 
 def confidences(logits: np.ndarray, task: str) -> np.ndarray:

@@ -58,6 +58,8 @@ class Recipe:
         states: Weight of the hidden states in the loss, as in `losses.Weights`.
         patience: Training ends this many epochs after the best epoch on the held-out rows.
         task: Weight of the labels in the loss, as in `losses.Weights`.
+        exits: Weight of the exits in the loss, as in `losses.Weights`. Above 0, training needs a teacher, and makes
+            exits after early layers more accurate.
         dropout: Whether to apply the dropout of the model's config. Training with a teacher needs no dropout.
     """
 
@@ -72,6 +74,7 @@ class Recipe:
     states: float = 1.0
     patience: int = 2
     task: float = 0.0
+    exits: float = 0.0
     dropout: bool = False
 
 
@@ -197,6 +200,7 @@ class _Run:
     ) -> None:
         import torch
 
+        from toolchain.training.exit_heads import ExitHeads
         from toolchain.training.losses import Weights
 
         # The number of threads changes the order of sums, and so the weights. Code that ran earlier in this process may
@@ -206,11 +210,14 @@ class _Run:
         self.precision = mixed_precision.precision(self.device)
         self.steps, self.total = steps, steps * recipe.epochs
         (model, teacher), self._recipe, self._folder = models, recipe, folder
-        matched = tuple(matched_layers(model)) if recipe.states else ()
-        self._weights = Weights(recipe.task, recipe.states, recipe.temperature, matched)
+        matched = tuple(matched_layers(model)) if recipe.states or recipe.exits else ()
+        self._weights = Weights(recipe.task, recipe.states, recipe.temperature, recipe.exits, matched)
         self._model = model.to(self.device)  # type: ignore[arg-type]
+        exit_layers = (0, *matched[:-1]) if recipe.exits else ()
+        self._exit_heads = ExitHeads(model, exit_layers, recipe.seed).to(self.device)
         self._teacher = teacher and teacher.to(self.device, self.precision).eval()  # type: ignore[arg-type]
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters |= {f"exits.{name}": p for name, p in self._exit_heads.named_parameters()}
         tables = set()
         for name, module in model.named_modules():
             # DeBERTa uses its whole table of relative positions in every step, so this table has no sparse gradients.
@@ -278,7 +285,7 @@ class _Run:
         from toolchain.training.losses import loss
 
         inputs = {name: tensor.to(self.device) for name, tensor in part.inputs.items()}
-        states = self._recipe.states > 0
+        states = self._recipe.states > 0 or self._recipe.exits > 0
         with mixed_precision.attention(self.device):
             with torch.no_grad():
                 teacher_outputs = self._teacher and self._teacher(
@@ -286,7 +293,8 @@ class _Run:
                 )
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
                 outputs = self._model(**inputs, output_hidden_states=states)
-        return loss(outputs, teacher_outputs, inputs, part, self._weights)
+        exit_logits = self._exit_heads(outputs.hidden_states, inputs["attention_mask"])
+        return loss(outputs, teacher_outputs, exit_logits, inputs, part, self._weights)
 
     def judge(self, rows: list[Batch]) -> None:
         """Scores the current weights and stores them if no earlier weights have a better score."""

@@ -5,6 +5,7 @@ This module imports torch, so other modules import this module only inside funct
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ class Weights:
     Attributes:
         task: Weight of the term for the labels, 0 to 1. The term for the teacher's logits has the weight 1 - `task`.
         states: Weight of the term for the hidden states, which is added to the terms for labels and logits.
+        exits: Weight of the term for the logits of exits, which is added to the other terms.
         temperature: Divisor of the logits of teacher and student.
         matched: Indices of the entries of `hidden_states` that the loss compares between student and teacher.
     """
@@ -29,11 +31,17 @@ class Weights:
     task: float
     states: float
     temperature: float
+    exits: float = 0.0
     matched: tuple[int, ...] = ()
 
 
 def loss(
-    outputs: Any, teacher_outputs: Any, inputs: dict[str, torch.Tensor], part: Batch, weights: Weights
+    outputs: Any,
+    teacher_outputs: Any,
+    exit_logits: Sequence[torch.Tensor],
+    inputs: dict[str, torch.Tensor],
+    part: Batch,
+    weights: Weights,
 ) -> torch.Tensor:
     """Returns the loss of a model's outputs for one batch.
 
@@ -43,9 +51,10 @@ def loss(
     Args:
         outputs: Outputs of the model under training.
         teacher_outputs: Outputs of the model's teacher; None without a teacher.
+        exit_logits: Logits of the exits' heads, each of shape [batch, labels]; empty without exits.
         inputs: The model's inputs on its device by name, with ``attention_mask``.
         part: The batch.
-        weights: Weights of the loss's terms for labels, logits and hidden states.
+        weights: Weights of the loss's terms for labels, logits, hidden states and exits.
     """
     total = weights.task * task_loss(outputs.logits.float(), part) if weights.task else outputs.logits.new_zeros(())
     if weights.task < 1:
@@ -58,6 +67,10 @@ def loss(
         total = total + weights.states * _state_loss(
             outputs, teacher_outputs, inputs["attention_mask"], weights.matched, part.task
         )
+    if exit_logits:
+        # Exits compare probabilities with a threshold, so their heads learn the teacher's probabilities themselves.
+        divergences = [_logit_loss(logits, teacher_outputs.logits, 1.0, part.task) for logits in exit_logits]
+        total = total + weights.exits * torch.stack(divergences).mean()
     return total
 
 

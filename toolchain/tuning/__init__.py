@@ -8,14 +8,17 @@ artifact *keeps the accuracy* if its accuracy drop is within the limit.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts.manifest import Manifest
-from toolchain.artifacts.steps import Recover
+from toolchain.artifacts.names import VariantName
+from toolchain.artifacts.steps import EXITS_WEIGHT, Exits, Recover, Step
 from toolchain.artifacts.store import Artifact
+from toolchain.artifacts.variants import derive_variant
 from toolchain.bench.cells import Cell
 from toolchain.bench.runner import bench
 from toolchain.bench.scenarios import Protocol
@@ -24,14 +27,15 @@ from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
-from toolchain.errors import BenchError, CheckpointError, PruningError, VerdictError
+from toolchain.errors import BenchError, CheckpointError, DataError, GraphError, PruningError, VerdictError
+from toolchain.exits.choice import CONFIDENT_TASKS
 from toolchain.models import checkpoints
 from toolchain.passes.model_shape import layers_in
 from toolchain.progress import Bar, Say
 from toolchain.results import statistics
 from toolchain.results.measurements import Measurement, Samples
 from toolchain.system import hardware
-from toolchain.tuning.candidates import Candidate, Training, all_candidates, baseline_candidate, next_start
+from toolchain.tuning.candidates import LABEL, Candidate, Training, all_candidates, baseline_candidate, next_start
 from toolchain.tuning.study import Outcome, Study, open_study
 
 if TYPE_CHECKING:
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 EXACT, BASELINE = "onnx-fp32", "onnx-int8"
 # The benchmark starts several processes for each cell, since a single process may be fast by chance.
 PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=4, threads=1)
+EXITS_DROP_STEP = 0.05  # The accuracy drop that exits may cost is a multiple of this number of percentage points.
 PROPOSALS = 4  # After this many unusable proposals by the sampler in a row, the search itself chooses a candidate.
 
 
@@ -58,27 +63,39 @@ class Request:
     budget_s: float
 
 
-def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Outcome, list[Outcome]]:
+@dataclass(frozen=True)
+class Found:
+    """Result of a search.
+
+    Attributes:
+        best: The best measured candidate within the allowed accuracy drop.
+        front: The Pareto front of all measured candidates, including those of earlier runs.
+        spent_s: Seconds that this run spent on ``training``, on ``building`` (everything else that makes artifacts) and
+            on ``measuring``.
+    """
+
+    best: Outcome
+    front: list[Outcome]
+    spent_s: dict[str, float]
+
+
+def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> Found:
     """Searches for the best artifact within the allowed accuracy drop.
 
     The search continues from earlier runs with the same objective and the same allowed accuracy drop. A trial that is
     running at the end of the time budget still finishes.
-
-    Returns:
-        The best measured candidate within the allowed accuracy drop, and the Pareto front of all measured candidates,
-        including those of earlier runs.
 
     Raises:
         VerdictError: No measured candidate is within the allowed accuracy drop.
     """
     # `digest` reads the training file, so `tune` reports a missing training file before it builds anything.
     digest = workspace.train.digest
-    judge = _Judge.open(workspace, say, bar)
+    judge = _Judge.open(workspace, request, say, bar)
     # The identity of a search contains the versions of all steps, because a new version of a step may change the speed
     # of a variant. The identity of a search contains the baseline, because speed-ups over different baselines are not
     # comparable.
     built_by = ".".join(str(version) for _, version in STEPS.values())
-    identity = (judge.root.id, digest, built_by, judge.baseline.manifest.variant)
+    identity = (judge.root.id, digest, built_by, judge.baseline.manifest.variant, "exits")
     path = workspace.cache / "tune" / f"{workspace.model}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting_text = "another run is tuning this model; waiting for its end"
@@ -92,7 +109,7 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
         search(study, judge.outcome, time.monotonic() + request.budget_s, say)
         if study.best is None:
             raise _no_candidate(study)
-        return study.best, study.front
+        return Found(study.best, study.front, {name: round(value, 1) for name, value in judge.spent_s.items()})
 
 
 def _no_candidate(study: Study) -> VerdictError:
@@ -231,6 +248,7 @@ class _Judge:
     """
 
     workspace: Workspace
+    request: Request
     root: Manifest
     layers: int
     held_out: Data
@@ -239,9 +257,10 @@ class _Judge:
     exact_accuracy: float
     say: Say
     bar: Bar
+    spent_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("training", "building", "measuring"), 0.0))
 
     @classmethod
-    def open(cls, workspace: Workspace, say: Say, bar: Bar) -> _Judge:
+    def open(cls, workspace: Workspace, request: Request, say: Say, bar: Bar) -> _Judge:
         """Builds the baseline and measures the accuracy of `onnx-fp32`.
 
         Raises:
@@ -260,16 +279,53 @@ class _Judge:
             baseline = ensure(workspace, [BASELINE], {}, skip_fresh_events(say), bar)[BASELINE]
         except VerdictError as error:
             say(f"{error.cause} The search continues without {BASELINE}; speed-ups refer to {EXACT}.")
-        judge = cls(workspace, manifest, layers, held_out, encoder, baseline, 0.0, say, bar)
+        judge = cls(workspace, request, manifest, layers, held_out, encoder, baseline, 0.0, say, bar)
         return replace(judge, exact_accuracy=_accuracy(judge._measure([artifacts[EXACT]])[0]))
 
+    @property
+    def _exits_weight(self) -> float | None:
+        """Returns the weight of exits in a recovery; None if the predictions of the model have no confidence."""
+        return EXITS_WEIGHT if self.baseline.label_set.task in CONFIDENT_TASKS else None
+
     def outcome(self, candidate: Candidate) -> Outcome:
-        """Builds the missing variants of the candidate and measures it."""
-        chain = candidate.chain(self.layers)
+        """Builds the missing variants of the candidate and measures it, with exits if they make it better."""
+        chain = candidate.chain(self.layers, self._exits_weight)
         name = list(chain)[-1]
+        outcome = self._measure_variant(name, chain, candidate)
+        exits = self._exits(outcome)
+        if exits is None:
+            return outcome
+        label = VariantName(name).parts.label or LABEL
+        exits_name = derive_variant(name, exits, f"{label}-drop{exits.max_drop * 100:.0f}").name
+        try:
+            with_exits = self._measure_variant(exits_name, {**chain, exits_name: exits}, candidate)
+        except (DataError, GraphError, VerdictError) as error:
+            # The rows are too few, the graph has no place for exits, or no exits save work or pass validation.
+            self.say(f"without exits: {error.cause}")
+            return outcome
+        objective = self.request.objective
+        if with_exits.drop > self.request.max_drop or with_exits.cost(objective) >= outcome.cost(objective):
+            return outcome
+        return replace(with_exits, without_exits=outcome)
+
+    def _exits(self, outcome: Outcome) -> Exits | None:
+        """Returns the exits that may lose the rest of the allowed accuracy drop; None if they cannot help."""
+        rest = math.floor((self.request.max_drop - outcome.drop) / EXITS_DROP_STEP + 1e-9) * EXITS_DROP_STEP
+        if self._exits_weight is None or self.request.objective == "size" or rest < EXITS_DROP_STEP:
+            return None
+        return Exits(max_drop=round(rest, 2))
+
+    def _measure_variant(self, name: str, chain: Mapping[str, Step], candidate: Candidate) -> Outcome:
+        start, earlier_training = time.monotonic(), self._load_training(candidate)
         artifact = ensure(self.workspace, [name], chain, skip_fresh_events(self.say), self.bar)[name]
-        baseline_row, row = self._measure([self.baseline, artifact])
         training = self._load_training(candidate)
+        seconds = training.manifest.facts["recovery"]["seconds"] if training else 0.0
+        new_seconds = seconds if training and not earlier_training else 0.0
+        self.spent_s["training"] += new_seconds
+        self.spent_s["building"] += time.monotonic() - start - new_seconds
+        start = time.monotonic()
+        baseline_row, row = self._measure([self.baseline, artifact])
+        self.spent_s["measuring"] += time.monotonic() - start
         return Outcome(
             variant=name,
             artifact_id=artifact.manifest.id,
@@ -277,7 +333,7 @@ class _Judge:
             latency=_speedup(baseline_row.latency, row.latency),
             throughput=_speedup(baseline_row.batches, row.batches),
             size=artifact.manifest.size_bytes,
-            training_s=training.manifest.facts["recovery"]["seconds"] if training else 0.0,
+            training_s=seconds,
             baseline=self.baseline.manifest.variant,
         )
 
@@ -287,7 +343,7 @@ class _Judge:
         return {training for training, candidate in candidate_by_training.items() if self._load_training(candidate)}
 
     def _load_training(self, candidate: Candidate) -> Artifact | None:
-        steps = candidate.chain(self.layers).items()
+        steps = candidate.chain(self.layers, self._exits_weight).items()
         name = next((name for name, step in steps if isinstance(step, Recover)), None)
         return self.workspace.load(name) if name else None
 

@@ -95,13 +95,18 @@ class Candidate:
         """Returns how many of the encoder's `total` layers to keep; None means all."""
         return max(1, round(total * self.depth / 100)) if self.depth < 100 else None
 
-    def steps(self, layers: int) -> list[Step]:
-        """Returns the build steps after the step `import`, for an encoder with `layers` layers."""
+    def steps(self, layers: int, exits: float | None = None) -> list[Step]:
+        """Returns the build steps after the step `import`, for an encoder with `layers` layers.
+
+        Args:
+            layers: Number of layers of the model's encoder.
+            exits: Weight of exits in the recovery, as in `Recover`.
+        """
         steps: list[Step] = []
         if self.ratio:
             steps.append(Prune(self.ratio / 100, cost=self.cost, layers=self.layers(layers)))
             if self.epochs:
-                steps.append(Recover(self.epochs))
+                steps.append(Recover(self.epochs, exits=exits))
         scheme_type = "int4" if self.scheme == "int4" else "int8"
         tables = self.embeddings if self.embeddings != scheme_type else None
         quantisation = Quantize(
@@ -112,7 +117,7 @@ class Candidate:
         )
         return [*steps, Export(), Optimize.for_provider("cpu"), quantisation]
 
-    def chain(self, layers: int) -> dict[str, Step]:
+    def chain(self, layers: int, exits: float | None = None) -> dict[str, Step]:
         """Returns the candidate's labelled variants in build order, each with the step that builds it.
 
         The last returned variant is the candidate's quantised model, which the search measures. A variant's label holds
@@ -120,6 +125,7 @@ class Candidate:
 
         Args:
             layers: Number of layers of the model's encoder.
+            exits: Weight of exits in the recovery, as in `Recover`.
         """
         layer_count = self.layers(layers)
         structure = "-".join(
@@ -129,7 +135,7 @@ class Candidate:
                 *([f"{layer_count}layers"] if layer_count else []),
             ]
         )
-        steps = self.steps(layers)
+        steps = self.steps(layers, exits)
         quantised_label = "-".join(
             [
                 structure if self.ratio else LABEL,

@@ -48,6 +48,7 @@ class Outcome:
         size: Size of the artifact in bytes.
         training_s: Duration of the variant's training, in seconds; 0 without training.
         baseline: Name of the variant that the speed-ups refer to.
+        without_exits: Measurements of the variant's parent, if the variant has exits.
     """
 
     variant: Name
@@ -58,6 +59,7 @@ class Outcome:
     size: Count
     training_s: Amount = 0.0
     baseline: Name = "onnx-int8"
+    without_exits: Outcome | None = None
 
     def __post_init__(self) -> None:
         if not (self.latency and self.throughput):
@@ -66,6 +68,10 @@ class Outcome:
     def cost(self, objective: str) -> float:
         """Returns the value to minimise: the inverse speed-up, or the size in megabytes."""
         return {"latency": 1 / self.latency, "throughput": 1 / self.throughput, "size": self.size / 1e6}[objective]
+
+    def cost_without_exits(self, objective: str) -> float:
+        """Returns the value of `cost` for the same candidate without exits."""
+        return (self.without_exits or self).cost(objective)
 
 
 class Study:
@@ -149,15 +155,15 @@ class Study:
         """Returns the measured, untrained candidates that the search need not train.
 
         The search need not train a candidate whose accuracy drop is within the limit without training. The search also
-        need not train a candidate if the best measured candidate is at least as fast (for the objective ``size``, at
-        least as small). Training changes neither the speed nor the size of a candidate, so training cannot make such a
-        candidate the best.
+        need not train a candidate if another measured candidate within the limit is at least as fast (for the objective
+        ``size``, at least as small). Training changes neither the speed nor the size of a candidate, so training cannot
+        make such a candidate the best. The function compares candidates without exits, because it assumes that exits
+        speed up all of them alike.
         """
-        best = self.best.cost(self.objective) if self.best else math.inf
+        costs = {candidate: outcome.cost_without_exits(self.objective) for candidate, outcome in self.outcomes.items()}
+        best = min((costs[candidate] for candidate, keeps in self.kept_by_candidate.items() if keeps), default=math.inf)
         untrained = ((candidate, outcome) for candidate, outcome in self.outcomes.items() if not candidate.epochs)
-        return {
-            candidate for candidate, outcome in untrained if self.keeps(outcome) or outcome.cost(self.objective) >= best
-        }
+        return {candidate for candidate, outcome in untrained if self.keeps(outcome) or costs[candidate] >= best}
 
     def keeps(self, outcome: Outcome) -> bool:
         """Returns whether the accuracy drop of a measured candidate is within the limit."""

@@ -10,7 +10,7 @@ from toolchain.artifacts.steps import Exits
 from toolchain.build.job import Job, StepResult
 from toolchain.build.rewriting import rewrite_parent_graph
 from toolchain.data import inputs
-from toolchain.data.labels import MULTI, SINGLE, Answer, answers, number
+from toolchain.data.labels import MULTI, Answer, answers, number
 from toolchain.errors import DataError, GraphError
 from toolchain.exits import choice, heads
 from toolchain.passes import read
@@ -34,11 +34,7 @@ def add_exits(job: Job[Exits]) -> StepResult:
     """
     step, parent = job.step, job.parent_artifact
     task = parent.label_set.task
-    if task not in (SINGLE, MULTI):
-        raise GraphError(
-            f"{parent.manifest.variant} does not classify texts, so its predictions have no confidence.",
-            "Leave exits out.",
-        )
+    choice.require_confidences(parent)
     graph = read(parent.onnx_path)
     weights = layer_weights(graph)
     if wrong := [layer for layer in step.layers or () if not 0 <= layer < len(weights)]:

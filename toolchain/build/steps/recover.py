@@ -15,6 +15,7 @@ from toolchain.build.job import Job, StepResult
 from toolchain.data import encoding, inputs
 from toolchain.data.inputs import Data
 from toolchain.errors import ArtifactError
+from toolchain.exits.choice import require_confidences
 from toolchain.system.decoding import decode_object, read_bytes
 from toolchain.training.loop import Examples, Recipe, train
 
@@ -28,12 +29,15 @@ def recover(job: Job[Recover]) -> StepResult:
     killed run.
 
     Raises:
+        GraphError: The step trains exits, and the parent does not classify texts.
         DataError: The training data is unusable, or the loss is not finite.
         ArtifactError: The job has no unpruned model.
     """
     step = job.step
     if job.root is None:
         raise ArtifactError("Recovery needs the unpruned model as its teacher.")
+    if step.exits:
+        require_confidences(job.parent_artifact)
     manifest = job.parent_artifact.manifest
     data = job.train.load(job.parent_artifact.label_set)
     encoder = encoding.Encoder.open(
@@ -51,7 +55,7 @@ def recover(job: Job[Recover]) -> StepResult:
         train_examples.ids, train_examples.labels, pairs, mask, step.masked, step.seed, encoder.max_length
     )
     model, teacher = load_model(job.parent_artifact.path), load_model(job.root.path)
-    recipe = Recipe(step.epochs, step.learning_rate, step.batch_size, step.seed)
+    recipe = Recipe(step.epochs, step.learning_rate, step.batch_size, step.seed, exits=step.exits or 0.0)
     key_fields = {"parent": manifest.id, "teacher": job.root.manifest.id, "step": settings_of(step), "version": VERSION}
     key = hashlib.sha256(json.dumps(key_fields, sort_keys=True).encode()).hexdigest()
     held_out_examples = _examples(data, held_out_rows, encoder)
