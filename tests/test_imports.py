@@ -118,13 +118,12 @@ RUNNERS = {
     f"toolchain.ship.bundle_files.{name}" for name in ("classify", "classify_text", "classify_tokens", "mlflow_model")
 }
 
+# These modules define classes that need torch; other files import them inside functions.
+NEEDS_TORCH = {"toolchain.models.skipped_blocks", "toolchain.training.exit_heads", "toolchain.training.losses"}
 
-# `skipped_blocks` and `losses` define classes that need torch; other files import them inside functions.
+
 # The runners of bundles become part of an app that already has numpy, or of MLflow, which has pandas.
-@pytest.mark.parametrize(
-    "module",
-    sorted(set(paths_by_module()) - {"toolchain.models.skipped_blocks", "toolchain.training.losses", *RUNNERS}),
-)
+@pytest.mark.parametrize("module", sorted(set(paths_by_module()) - NEEDS_TORCH - RUNNERS))
 def test_no_module_imports_a_heavy_package_at_module_level(module):
     for imported, at_top in imports_of(paths_by_module()[module], include_typing=False):
         assert not (at_top and imported.split(".")[0] in HEAVY), f"{module} imports {imported} at module level"
