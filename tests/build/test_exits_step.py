@@ -15,6 +15,7 @@ from toolchain.backends import Place, open_session
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import SettingsError, ShippingError, UnknownVariantError
+from toolchain.exits import heads
 from toolchain.passes.exits import CONFIDENCE, change_confidence
 from toolchain.passes.graph import array_of
 from toolchain.progress import no_bar
@@ -143,6 +144,23 @@ def test_a_model_that_does_not_classify_texts_is_refused(tmp_path, say):
     code, _, err = say("exits", "--from", "onnx-fp32", "--model", checkpoint, "--exported", tmp_path / "exported")
     assert code == 1
     assert "does not classify texts" in err
+
+
+def test_heads_also_learn_from_pairs_of_rows(run, monkeypatch):
+    calls = []
+
+    def observe(artifact, rows, *arguments):
+        calls.append([len(row) for row in rows])
+        return original_observe(artifact, rows, *arguments)
+
+    original_observe = heads.observe
+    monkeypatch.setattr(heads, "observe", observe)
+    assert run("--from", "onnx-fp32", "--max-drop", "50", "--name", "pairs")[0] == 0
+    training, held_out = calls
+    assert len(held_out) == ROWS // 10
+    rows, pairs = training[: len(training) // 2], training[len(training) // 2 :]
+    assert len(rows) == len(pairs)
+    assert 1.8 * sum(rows) < sum(pairs) < 2.2 * sum(rows)
 
 
 def test_recovery_trains_early_layers_on_request(run, say, tiny, tiny_checkpoint, rows):

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from toolchain.artifacts import publishing
 from toolchain.artifacts.steps import Prune, Recover
 from toolchain.build.pipeline import ensure
-from toolchain.build.steps.recover import AugmentedExamples, _mask_token
 from toolchain.build.workspace import Workspace
 from toolchain.data.encoding import Encoder
 from toolchain.data.labels import LabelSet
@@ -25,6 +24,7 @@ from toolchain.errors import CheckpointError, DataError
 from toolchain.models import architectures
 from toolchain.pruning.setup import shared_setup
 from toolchain.training import loop, losses
+from toolchain.training.augmentation import AugmentedExamples, mask_token
 from toolchain.training.batches import Batch, batch
 from toolchain.training.exit_heads import ExitHeads
 from toolchain.training.loop import Examples, Recipe, train
@@ -265,7 +265,7 @@ def test_the_fraction_of_masked_tokens_is_the_requested_one():
 def test_mask_token_is_none_where_the_tokenizer_has_none(task, tmp_path, config, mask_id):
     if config:
         (tmp_path / "tokenizer_config.json").write_text(config)
-    assert _mask_token(tmp_path, task[3]) == mask_id
+    assert mask_token(tmp_path, task[3]) == mask_id
 
 
 @pytest.mark.slow

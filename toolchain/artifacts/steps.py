@@ -290,7 +290,9 @@ class Exits:
         max_drop: Largest accuracy drop below the parent on the held-out rows, in percentage points.
         train: Digest of the training data, as in `Prune`.
         sentences: Largest number of training rows for the heads.
-        seed: Random seed of the heads.
+        pairs: Factor for the number of random pairs of training rows, each joined to one text, from which the heads
+            also learn. The number of pairs is `pairs` × the number of training rows.
+        seed: Random seed of the heads and of the pairs.
 
     Raises:
         SettingsError: The layers are not ascending, or there is none.
@@ -300,6 +302,7 @@ class Exits:
     max_drop: float = 0.5
     train: str = ""
     sentences: int = 100_000
+    pairs: float = 1.0
     seed: int = 20
 
     def __post_init__(self) -> None:

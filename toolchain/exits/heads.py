@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from toolchain.artifacts.store import Artifact
 from toolchain.backends import open_graph
 from toolchain.data.encoding import Encoder, pad
-from toolchain.data.files import Text
 from toolchain.data.labels import MULTI, label_probabilities
 from toolchain.passes import read
 from toolchain.passes.exits import hidden_states, pool
@@ -65,17 +64,23 @@ class Network:
         return Network((self.weights[0], self.weights[1] / divisor), (self.biases[0], self.biases[1] / divisor))
 
 
-def observe(artifact: Artifact, texts: Sequence[Text], batch_size: int, progress: Progress) -> Observations:
+def observe(
+    artifact: Artifact, rows: Sequence[Sequence[int]], encoder: Encoder, batch_size: int, progress: Progress
+) -> Observations:
     """Runs the graph of the artifact on texts, in batches of texts of similar lengths.
+
+    Args:
+        artifact: The artifact.
+        rows: Token ids of each text.
+        encoder: The `Encoder` of the artifact.
+        batch_size: Number of texts in a batch.
+        progress: Called with the number of texts done.
 
     Raises:
         GraphError: The function `hidden_states` finds no hidden states.
     """
     import numpy as np
 
-    manifest = artifact.manifest
-    encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
-    rows = encoder.encode(texts)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     graph = read(artifact.onnx_path)
     logits_name = graph.graph.outputs[0].name or ""

@@ -10,17 +10,20 @@ from toolchain.artifacts.steps import Exits
 from toolchain.build.job import Job, StepResult
 from toolchain.build.rewriting import rewrite_parent_graph
 from toolchain.data import inputs
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.data.labels import MULTI, Answer, answers, number
 from toolchain.errors import DataError, GraphError
 from toolchain.exits import choice, heads
 from toolchain.passes import read
 from toolchain.passes.exits import ExitHead, layer_weights
+from toolchain.training.augmentation import AugmentedExamples
 
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 1
-BATCH_SIZE = 32  # of training rows
+VERSION = 2
+BATCH_SIZE = 32  # of training texts
 MIN_TRAINING_ROWS = 100
 
 
@@ -50,11 +53,11 @@ def add_exits(job: Job[Exits]) -> StepResult:
             f"{data.name} has only {len(train_rows)} training rows whose text is not contained in a held-out row.",
             f"Pass data with at least {MIN_TRAINING_ROWS} such rows.",
         )
-    train_texts = [data.texts[row] for row in train_rows]
+    encoder = Encoder.open(parent.path, [spec.name for spec in parent.manifest.inputs], parent.manifest.max_length)
     held_out = data.select(held_out_rows)
-    training = heads.observe(parent, train_texts, BATCH_SIZE, job.progress)
+    training = heads.observe(parent, _training_ids(job, data, train_rows, encoder), encoder, BATCH_SIZE, job.progress)
     # The rows of an int8 batch share activation scales, so each held-out row is a batch of its own.
-    evaluation = heads.observe(parent, held_out.texts, 1, job.progress)
+    evaluation = heads.observe(parent, encoder.encode(held_out.texts), encoder, 1, job.progress)
     targets = _targets(held_out.labels, evaluation.logits.shape[1], task)
     networks = []
     for index, (means, held_out_means) in enumerate(zip(training.means, evaluation.means, strict=True)):
@@ -71,6 +74,19 @@ def add_exits(job: Job[Exits]) -> StepResult:
     ]
     result = rewrite_parent_graph(job, ["exits"], exits=exits)
     return dataclasses.replace(result, facts={**result.facts, "exits": _facts(chosen, len(held_out_rows))})
+
+
+def _training_ids(job: Job[Exits], data: Data, rows: list[int], encoder: Encoder) -> Sequence[Sequence[int]]:
+    """Returns the token ids of the training rows, and of longer texts that join two of these rows.
+
+    The graph is certain about nearly all training rows. A head that learns from these rows alone is too confident about
+    longer texts.
+    """
+    selection = data.select(rows)
+    ids = encoder.encode(selection.texts)
+    pairs = 0 if data.has_pairs else round(job.step.pairs * len(ids))
+    examples = AugmentedExamples(ids, selection.targets(ids), pairs, None, 0.0, job.step.seed, encoder.max_length)
+    return examples.of_epoch(0).ids
 
 
 def _targets(labels: Sequence[Answer], count: int, task: str) -> np.ndarray:
