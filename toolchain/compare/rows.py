@@ -302,9 +302,9 @@ class Row:
         return Ratio(baseline_value / own_value) if own_value and baseline_value else None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the row for JSON with ratios, intervals and marks, without samples, predictions and probabilities."""
+        """Returns the row for JSON with ratios, intervals and marks, but without samples and values of sentences."""
         body = self.measurement.to_json()
-        for name in ("samples", "predictions", "probabilities"):
+        for name in ("samples", "predictions", "probabilities", "exits"):
             body.pop(name, None)
         if self.measurement.by_length:
             body["by_length"] = {n: samples.milliseconds() for n, samples in self.measurement.by_length.items()}
@@ -321,6 +321,8 @@ class Row:
                 for name, value in asdict(self.quality).items()
                 if value is not None
             }
+        if shares := self.measurement.exit_shares:
+            ratios["exit_shares"] = list(shares)
         if self.latency_interval:
             ratios["latency_interval_ms"] = [round(value, 4) for value in self.latency_interval]
         baseline = self.baseline.cell if self.baseline else None
