@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _FILLED: dict[str, Any] = {"marker": "s", "linestyle": "", "markersize": 6}
 _HOLLOW: dict[str, Any] = {**_FILLED, "markerfacecolor": PAPER}
+MARKS = 200  # number of places on the lines of a panel that labels should not cover
 WITHOUT, CHOSEN = "without exits", "threshold of the variant"
 
 
@@ -35,6 +36,8 @@ def exits_work(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     Returns:
         The figure and its description; None if no row has exits with a curve.
     """
+    import numpy as np
+
     shown = select_rows(panels, lambda row: row.measurement.facts.get("exits", {}).get("curve"))
     shown = [Panel(panel.title, _distinct_variants(panel)) for panel in shown]
     if not shown:
@@ -45,10 +48,14 @@ def exits_work(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         axes.set_title(panel.title)
         axes.axhline(0, color=INK, **DASHED)
         points, texts = [], []
+        marks: list[tuple[float, float]] = []
         for row in panel.rows:
             facts, (colour, marker) = row.measurement.facts["exits"], runtime_style(row)
             curve = sorted((_position(point) for point in facts["curve"]), key=lambda place: place[0])
-            axes.plot(*zip(*curve, strict=True), f"{marker}-", color=colour, markersize=3)
+            works, changes = (list(values) for values in zip(*curve, strict=True))
+            axes.plot(works, changes, f"{marker}-", color=colour, markersize=3)
+            places = np.linspace(works[0], works[-1], MARKS // len(panel.rows))
+            marks += zip(places, np.interp(places, works, changes), strict=True)
             x, y = _position(facts)
             axes.plot(x, y, color=INK, **RING)
             points.append((x, y, f"{panel.label(row)}, {facts['confidence']:g}"))
@@ -58,13 +65,13 @@ def exits_work(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
                 f"{y:+.2f} points at {x:.0f} %"
             )
         axes.margins(0.08)
-        axes.set_ylabel("accuracy change, points")
-        labels.append((axes, points))
+        axes.set_ylabel("accuracy change on held-out rows, points")
+        labels.append((axes, points, marks))
         descriptions.append(f"{panel.title}: {'; '.join(texts)}")
     grid[-1][0].set_xlabel("expected work on held-out rows, % of the work without exits")
     legend(figure, [row for panel in shown for row in panel.rows], {WITHOUT: DASHED, CHOSEN: RING})
-    for axes, points in labels:
-        place_labels(axes, points)
+    for label in labels:
+        place_labels(*label)
     return figure, join_descriptions(descriptions)
 
 
