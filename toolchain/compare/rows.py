@@ -321,14 +321,12 @@ class Row:
                 for name, value in asdict(self.quality).items()
                 if value is not None
             }
-        if shares := self.measurement.exit_shares:
-            ratios["exit_shares"] = list(shares)
+        ratios |= {"exit_shares": list(shares)} if (shares := self.measurement.exit_shares) else {}
         if self.latency_interval:
             ratios["latency_interval_ms"] = [round(value, 4) for value in self.latency_interval]
-        baseline = self.baseline.cell if self.baseline else None
         machine = {key: self.run.machine[key] for key in ("id", "cpu", "cores", "gpu")}
         marks = {"noisy": self.noisy, "pareto": self.pareto, "stale": self.stale}
-        return {**body, "machine": machine, "baseline": baseline, **ratios, **marks}
+        return {**body, "machine": machine, "baseline": self.baseline and self.baseline.cell, **ratios, **marks}
 
 
 def _probability_shifts(measurement: Measurement, baseline: Measurement) -> list[float]:
