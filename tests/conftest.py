@@ -90,10 +90,12 @@ def make_checkpoint(
     seed: int = 1,
     width: int = 32,
     leaning: float = 0.0,
+    neurons: int | None = None,
 ) -> Path:
     """Saves a random DistilBERT classifier of two narrow layers with the reference model's tokenizer.
 
     The argument `leaning` is added to the last label's bias; if it is large, quantisation changes no predicted label.
+    `neurons` is the number of FFN neurons of a layer; None stands for twice the width.
     """
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
@@ -101,7 +103,7 @@ def make_checkpoint(
     torch.manual_seed(seed)
     config = DistilBertConfig(
         dim=width,
-        hidden_dim=2 * width,
+        hidden_dim=neurons or 2 * width,
         n_layers=2,
         n_heads=4,
         initializer_range=0.3,

@@ -20,6 +20,8 @@ class InstantWorker:
             return {"peak": 5}
         if message["do"] == "exactness":
             return {"exact": [5] * 20, "saturating": [4] * 20}
+        if message["do"] == "exits":
+            return {"exits": [sentence % 3 for sentence in message["sentences"]]}
         if message["do"] == "server":
             count = len(message["sentences"])
             return {"us": [200] * count, "sizes": [1] * count}

@@ -70,8 +70,27 @@ def rich_result(**changes):
     return result(*rows, NO_GPU, **{"run": run, "machine": machine, "data": data, **changes})
 
 
+POINTS = ((0.8, 3.0, 0.3, [0.75, 0.25]), (0.95, 0.4, 0.5, [0.5, 0.25]), (0.99, 0.0, 0.8, [0.25, 0.125]))
+
+
+def exits_row(variant, ms, wrong_rows, chosen, **changes):
+    """Returns a row with exits; `chosen` is the index of its point in `POINTS`."""
+    curve = [dict(zip(("confidence", "drop", "work", "shares"), point, strict=True)) for point in POINTS]
+    row = rich_row(variant, ms, wrong_rows, **changes)
+    exits = {**curve[chosen], "layers": [0, 2], "held_out_rows": 40, "curve": curve}
+    return dataclasses.replace(row, facts={**row.facts, "exits": exits}, exits=(0, 0, 0, 1, 1, 2, 2, None))
+
+
+def exits_result():
+    """Returns a result with the rows of `rich_result`, and with two variants with exits of one parent."""
+    rich = rich_result()
+    early = exits_row("onnx-exits-int8+low", 0.5, {1, 2, 7}, 0), exits_row("onnx-exits-int8", 0.75, {1, 7}, 1)
+    return dataclasses.replace(rich, rows=(*rich.rows[:-1], *early, rich.rows[-1]))
+
+
 def hostile_result():
     hostile_row = rich_row(HOSTILE, 2.0, {1})
+    hostile_row = dataclasses.replace(hostile_row, facts=exits_row("onnx-exits-int8", 1.0, {1}, 0).facts)
     hostile_row = dataclasses.replace(hostile_row, model=HOSTILE, memory_bytes={"peak": 10**8, "method": HOSTILE})
     failed_row = Measurement(HOSTILE, "onnx-fp32", "cpu", None, "failed", HOSTILE, HOSTILE)
     base_row = rich_row("torch-fp32", 8.0, {7})

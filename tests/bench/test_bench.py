@@ -458,11 +458,21 @@ def test_every_runtime_in_the_variant_table_has_a_backend():
     )
 
 
-@pytest.fixture
-def resume(fake, data, encoder, tmp_path, monkeypatch):
+POINT = {"confidence": 0.9, "drop": 0.1, "shares": [0.5, 0.25], "work": 0.5}
+EXITS = {**POINT, "layers": [0, 2], "held_out_rows": 40, "curve": [POINT]}
+
+
+def with_exits(artifact):
+    """Returns the artifact as one with two exits."""
+    return replace(artifact, manifest=replace(artifact.manifest, facts={"exits": EXITS}))
+
+
+@pytest.fixture(params=[False, True], ids=["without exits", "with exits"])
+def resume(fake, data, encoder, tmp_path, monkeypatch, request):
     """Returns a function that resumes a complete run after a change of its records; returns the row of the cell."""
     monkeypatch.setattr(bench_module, "Worker", InstantWorker)
-    cells = [Cell("m", "a", "fake", "cpu", fake("a")), Cell("m", "b", "fake", "cuda", None, "unavailable", "No GPU.")]
+    artifact = with_exits(fake("a")) if request.param else fake("a")
+    cells = [Cell("m", "a", "fake", "cpu", artifact), Cell("m", "b", "fake", "cuda", None, "unavailable", "No GPU.")]
     head = {"cells": ["a@cpu", "b@cuda"]}
     first = Journal.begin(tmp_path / "m-20260101T000000Z.journal", head)
     bench(cells, data, encoder, FAST, lambda *_: None, FAKE, first)
@@ -479,6 +489,21 @@ def resume(fake, data, encoder, tmp_path, monkeypatch):
 def test_a_run_that_ended_before_its_memory_peak_measures_the_peak(resume):
     row = resume(lambda record: record["kind"] != "peak")
     assert (row.status, row.memory_bytes["peak"]) == ("ok", 5)
+
+
+@pytest.mark.parametrize("resume", [True], indirect=True)
+def test_a_run_that_ended_before_it_found_the_exits_finds_them(resume):
+    expected = tuple(index % 3 for index in range(len(TEXTS)))
+    for kind in ("", "exits"):
+        row = resume(lambda record, kind=kind: record["kind"] != kind)
+        assert (row.status, row.exits) == ("ok", expected)
+    assert row.exit_shares == (0.3375, 0.3375, 0.325)
+
+
+@pytest.mark.parametrize("resume", [False], indirect=True)
+def test_a_cell_without_exits_has_no_sentences_that_exit(resume):
+    row = resume(lambda record: None)
+    assert (row.exits, row.exit_shares) == ((), ())
 
 
 def change_reply(kind, **changes):
@@ -511,6 +536,28 @@ def change_reply(kind, **changes):
     ],
 )
 def test_a_record_that_does_not_fit_the_run_is_refused(resume, change, message):
+    with pytest.raises(ResultFileError, match=f"is not a valid journal: .*{message}"):
+        resume(change)
+
+
+@pytest.mark.parametrize(
+    ("resume", "change", "message"),
+    [
+        (True, change_reply("exits", exits=[]), "the numbers of exits and of sentences contradict each other"),
+        (True, change_reply("exits", exits=[3] * len(TEXTS)), "a record of a@cpu does not fit the run"),
+        (True, change_reply("exits", exits=[-1] * len(TEXTS)), "reply.exits.0: the number is negative"),
+        (True, change_reply("exits", answered=[0] * len(TEXTS)), "a record of a@cpu does not fit the run"),
+        (
+            False,
+            lambda record: (
+                record.update(kind="exits", reply={"exits": [0], "answered": [0]}) if record["kind"] == "peak" else None
+            ),
+            "a record of a@cpu does not fit the run",
+        ),
+    ],
+    indirect=["resume"],
+)
+def test_exits_that_do_not_fit_the_run_are_refused(resume, change, message):
     with pytest.raises(ResultFileError, match=f"is not a valid journal: .*{message}"):
         resume(change)
 

@@ -1,5 +1,6 @@
 """Tests of the lower bound on latency, which follows from a model's multiply-accumulates and a machine's rates."""
 
+import copy
 import json
 import math
 import shutil
@@ -118,6 +119,27 @@ def test_work_after_the_last_attention_can_span_layers(built_tiny, tmp_path):
     assert read_work(tmp_path).tail_parameters == width * (2 * head + 2 * 8 + 2 * 24)
 
 
+@pytest.mark.parametrize("shapes", [None, [(2, 8), (0, 24), (1, 16)]])
+def test_work_before_an_exit_equals_what_pytorch_computes(built_tiny, tmp_path, shapes):
+    """An exit is before a layer with attention, and may be after a layer without attention."""
+    source = built_tiny.path("torch-fp32")
+    model = load_model(source)
+    blocks = model.distilbert.transformer.layer
+    if shapes:
+        blocks.append(copy.deepcopy(blocks[0]))
+        model.config.n_layers = len(blocks)
+        architectures.reshape(model, [LayerShape(*shape) for shape in shapes])
+    save_weights(model.state_dict(), tmp_path)
+    shutil.copyfile(source / "config.json", tmp_path / "config.json")
+    model_work = read_work(tmp_path)
+    for layer, layers_before in enumerate([0, 2] if shapes else [0, 1]):
+        model.distilbert.transformer.layer = blocks[:layers_before]
+        for tokens in LENGTHS:
+            counted = count_in_pytorch(model, tokens).total() - model_work.head_parameters
+            assert model_work.macs_before_exit(layer, tokens) == counted
+    assert model_work.macs_before_exit(2, 1) is None
+
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
@@ -147,6 +169,7 @@ def test_work_of_an_unknown_architecture_counts_its_linear_layers(built_tiny, tm
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mystery"}))
     known_work = read_work(source)
     assert read_work(tmp_path) == Work(known_work.linear_parameters, (), known_work.head_parameters)
+    assert read_work(tmp_path).macs_before_exit(0, 1) is None
     assert read_work(tmp_path).macs(9, first_token=True, first_query=True) == read_work(tmp_path).macs(9)
 
 

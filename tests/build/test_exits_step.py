@@ -2,16 +2,20 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import make_checkpoint, needs_node, verify_in_node
 from exit_graphs import open_model
+from short_bench import SHORT
 
 from toolchain import passes
 from toolchain.artifacts.steps import EXITS_WEIGHT, Exits
 from toolchain.artifacts.variants import derive_variant, get
 from toolchain.backends import Place, open_session
+from toolchain.bench import floors
+from toolchain.bench import run as bench_run
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import SettingsError, ShippingError, UnknownVariantError
@@ -225,6 +229,38 @@ def test_a_golden_sentence_is_not_near_the_confidence_of_an_exit(run, tiny, tmp_
     assert select_stable_sentences([tiny.load("onnx-fp32")], sentences) == sentences
     with pytest.raises(ShippingError, match="every golden sentence is near the threshold"):
         select_stable_sentences([artifact], sentences[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_bench")
+def test_a_benchmark_finds_the_exit_of_each_sentence(run, tiny, tmp_path, monkeypatch):
+    assert run("--from", "onnx-fp32", "--max-drop", "50", "--layers", "0,1")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    content = (tiny.path("onnx-exits") / "model.onnx").read_bytes()
+    request = bench_run.Request(("onnx-fp32", "onnx-exits"), ("cpu",), SHORT)
+    result, journal = bench_run.measure(tiny, request, lambda line: None, lambda *_: None)
+    rows = {row.variant: row for row in result.rows}
+    assert all(row.status == "ok" for row in rows.values()), [row.reason for row in rows.values()]
+    assert rows["onnx-fp32"].exits == ()
+    assert sum(rows["onnx-exits"].exit_shares) == pytest.approx(1, abs=1e-3)
+    # A sentence uses the first exit if a threshold of 0, which sends every sentence there, leaves its logits unchanged.
+    artifact = tiny.load("onnx-exits")
+    encoder = Encoder.open(artifact.path, ("input_ids", "attention_mask"), 512)
+    model = passes.read(artifact.onnx_path)
+    session = open_model(model)
+    change_confidence(model, lambda _: 0.0)
+    first = open_model(model)
+    for text, passed in list(zip(inputs.load_embedded().texts, rows["onnx-exits"].exits, strict=True))[:100]:
+        batch = pad(encoder.encode([text]), encoder.names, encoder.pad_id)
+        assert np.array_equal(session.run(None, batch)[0], first.run(None, batch)[0]) == (passed == 0)
+    works = {name: row.facts["roofline"] for name, row in rows.items()}
+    assert works["onnx-exits"]["macs"] < works["onnx-fp32"]["macs"]
+    assert 0 <= works["onnx-exits"]["share"] < 1
+    assert (tiny.path("onnx-exits") / "model.onnx").read_bytes() == content
+    # A result without the exits of its sentences has no floor for such a variant.
+    unknown = replace(rows["onnx-exits"], exits=())
+    assert floors.floor_fact(tiny, unknown, result.run["rates"], [9] * 872) == {}
+    journal.end()
 
 
 @pytest.mark.slow

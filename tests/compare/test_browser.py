@@ -2,7 +2,7 @@
 
 import pytest
 from chromium import PROGRAM, Chromium
-from rich_rows import ANSWERS, hostile_result, report_html, rich_result
+from rich_rows import ANSWERS, exits_result, hostile_result, report_html, rich_result
 
 pytestmark = [
     pytest.mark.web,
@@ -13,6 +13,11 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def page():
     return report_html(rich_result())
+
+
+@pytest.fixture(scope="module")
+def page_with_exits():
+    return report_html(exits_result())
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +32,8 @@ COLOURS = """[document.body, document.querySelector('svg text')].map(e => getCom
 
 
 @pytest.mark.parametrize("settings", [{}, {"scheme": "dark"}, {"media": "print", "scheme": "dark"}, {"width": 390}])
-def test_a_browser_shows_the_report_without_errors(browser, page, tmp_path, settings):
-    (tmp_path / "report.html").write_text(page)
+def test_a_browser_shows_the_report_without_errors(browser, page_with_exits, tmp_path, settings):
+    (tmp_path / "report.html").write_text(page_with_exits)
     browser.show_as(**settings)
     browser.open(tmp_path / "report.html")
     assert browser.complaints(tmp_path / "report.html") == []

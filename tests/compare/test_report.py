@@ -1,5 +1,8 @@
 """Tests of the HTML report and the plots, and that hostile text in them never becomes code."""
 
+import csv
+import dataclasses
+import io
 import itertools
 import re
 from collections import Counter
@@ -7,10 +10,11 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import TESTS
-from rich_rows import DATA, hostile_result, report_html, rich_result
+from rich_rows import DATA, exits_result, hostile_result, report_html, rich_result
 from sample_results import measured_row, result, row_of_cell
 
 from toolchain.compare.report.columns import CELL, columns
+from toolchain.compare.report.flat import to_csv
 from toolchain.compare.report.flips import Sentence, Texts
 from toolchain.compare.report.notes import notes
 from toolchain.compare.report.plots import figures, save
@@ -279,6 +283,44 @@ def test_the_mean_and_the_expected_work_are_shown_if_a_variant_has_exits():
     assert (
         "The accuracy drop on these rows is 0.40 points, and the expected work is 37% of the work without exits" in note
     )
+
+
+def test_the_sentences_that_exit_are_shown_if_a_run_measured_them():
+    rows = compare([exits_result()], baseline="onnx-int8")
+    row = row_of_cell(rows, "onnx-exits-int8@cpu")
+    shown = {column.name: column for column in columns(rows)}
+    names = list(shown)
+    assert names[names.index("p50") - 3 : names.index("p50")] == ["mean", "exits", "work"]
+    assert [shown["exits"].text(each) for each in (row, row_of_cell(rows, "onnx-int8@cpu"))] == ["71%", "–"]
+    assert (
+        "onnx-exits-int8@cpu, exits of 7 sentences: 43% after the embeddings, 29% after layer 2; 29% use no exit."
+    ) in notes(rows)
+    assert row.to_json()["exit_shares"] == [0.4286, 0.2857, 0.2857]
+    assert "exits" not in row.to_json()
+    (line,) = [line for line in csv.DictReader(io.StringIO(to_csv(rows))) if line["cell"] == "onnx-exits-int8@cpu"]
+    assert line["exit_shares"] == "0.4286; 0.2857; 0.2857"
+
+
+def test_the_plots_of_exits_show_each_threshold_and_the_measured_variants():
+    plots = figures(compare([exits_result()], baseline="onnx-int8"))
+    (axes,) = plots["exits-work"].figure.axes
+    curves = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    assert [line.get_xdata().tolist() for line in curves] == [[30, 50, 80]] * 2
+    assert curves[0].get_ydata().tolist() == [-3.0, -0.4, 0.0]
+    rings = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in rings] == [(30, -3.0), (50, -0.4)]
+    assert (
+        "onnx-exits-int8 from -3.00 points at 30 % of the work to +0.00 points at 80 %, "
+        "with its threshold 0.95 -0.40 points at 50 %"
+    ) in plots["exits-work"].alt
+    (axes,) = plots["exits-latency"].figure.axes
+    assert axes.get_xlabel() == "mean latency at batch 1, ms"
+    places = [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines if line.get_marker() == "s"]
+    assert [round(y, 1) for _, y in places] == [62.5, 75.0, 75.0]
+    assert [x for x, _ in places] == sorted(x for x, _ in places)
+    assert "onnx-exits-int8+low 62.50 % at" in plots["exits-latency"].alt
+    one = dataclasses.replace(exits_result(), rows=tuple(exits_result().rows[2:5:2]))
+    assert [name for name in figures(compare([one])) if "exits" in name] == ["exits-work"]
 
 
 def test_figures_outside_the_comparison_have_their_own_table():

@@ -1,6 +1,7 @@
 """Result files and journals: valid files of every task, and the commands that read them."""
 
 import contextlib
+import dataclasses
 import json
 import random
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from pathlib import Path
 from conftest import TESTS  # noqa: F401 - makes the modules of tests/ importable
 from hostile.harness import RefusedError, call
 from instant_worker import InstantWorker
-from rich_rows import rich_result
+from rich_rows import exits_row, rich_result
 from sample_results import NO_GPU, measured_row, result
 
 from toolchain.artifacts import store
@@ -63,6 +64,10 @@ def _task_result(task):
     return result(*rows, data=data, run={"threads": 2, "batch_size": 32, "id": task})
 
 
+_POINT = {"confidence": 0.9, "drop": 0.1, "shares": [0.5, 0.25], "work": 0.5}
+EXITS = {**_POINT, "layers": [0, 2], "held_out_rows": 40, "curve": [_POINT]}
+
+
 def _facts():
     """Returns facts of every kind."""
     answers = {"rows": 10, "flips": 1, "right_before": 9, "right_after": 8}
@@ -82,6 +87,8 @@ def write_results(folder: Path) -> None:
     """Writes one result file of each task, one with published figures and one with facts of every kind."""
     rich = rich_result(created="2026-01-02T00:00:00+00:00")
     rich.rows[2].facts.update(_facts())
+    early = exits_row("onnx-exits-int8", 0.5, {1}, 1)
+    rich = dataclasses.replace(rich, rows=(*rich.rows, early))
     gpu = {"peak": 10**9, "load": 10**8, "method": "NVML"}
     rich.rows[3].memory_bytes.update({"gpu": gpu, "bare": 5})
     rich.machine["gpu"] = [{"name": "GPU", "memory_bytes": 10**10, "compute_capability": "9.0"}]
@@ -167,7 +174,7 @@ def _cells(folder):
             inputs=tensors,
             labels=("NEGATIVE", "POSITIVE"),
             max_length=128,
-            facts={"int8_headroom": 0.5},
+            facts={"int8_headroom": 0.5, "exits": EXITS} if name == "onnx-int8" else {"int8_headroom": 0.5},
             **common,
         )
         cells.append(Cell("m", name, "fake", "cpu", Artifact(folder / name, manifest)))

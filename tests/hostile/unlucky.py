@@ -119,15 +119,20 @@ def _processes_of(session: int) -> Iterator[str]:
 
 
 MODEL = ("--model", "tiny", "--exported", "exported")
+# The layers of this checkpoint have so many FFN neurons that exits save work. It predicts the last label for each text,
+# so exits are confident if all labels of the training data are this label.
+WIDE_MODEL = ("--model", "wide", "--exported", "exported")
+WIDE_NEURONS = 8192
 ROWS = 120  # number of labelled sentences
 TRAIN = ("--train-data", "rows.csv")
-# Each command that writes files. Before it runs, the folder has the checkpoint `tiny`, labelled rows, a result file,
-# a bundle, and the artifacts of `export` and `quantize` with other settings than those below.
+# Each command that writes files. Before it runs, the folder has the checkpoints `tiny` and `wide`, labelled rows, a
+# result file, a bundle, and the artifacts of `export` and `quantize` with other settings than those below.
 CASES = {
     "import": ("export", "--model", "tiny", "--exported", "other"),
     "export": ("export", "--opset", "17", *MODEL),
     "quantize": ("quantize", "--no-pass", "padding", *MODEL),
     "quantize-torch": ("quantize", "--backend", "torch", *MODEL),
+    "exits": ("exits", "--train-data", "positive.csv", *WIDE_MODEL),
     "prune": ("prune", "--ratio", "0.5", "--method", "magnitude", "--recover", "1", *TRAIN, *MODEL),
     "finetune": ("finetune", "--base", "tiny", "--epochs", "1", *TRAIN, "--output", "tuned"),
     "tune": ("tune", "--max-drop", "90", "--budget", "1s", *TRAIN, "--data", "rows.csv", *MODEL),
@@ -146,15 +151,17 @@ MAY_STAY = {
 PREPARED = (
     ("export", *MODEL),
     ("quantize", *MODEL),
+    ("quantize", *WIDE_MODEL),
     ("ship", "onnx-int8", "--target", "python", "--license", "MIT", "--output", "bundle", *MODEL),
     ("bench", "--quick", "--variant", "onnx-int8", "--data", "rows.csv", *MODEL),
 )
 
 
-def write_rows(path: Path) -> None:
-    """Writes a CSV with labelled sentences."""
+def write_rows(path: Path, only_positive: bool = False) -> None:
+    """Writes a CSV with labelled sentences; the label of each is 1 if `only_positive` is true."""
     data = inputs.load_embedded()
-    rows = [f'"{text}",{label}' for text, label in zip(data.texts[:ROWS], data.labels, strict=False)]
+    labels = [1] * ROWS if only_positive else data.labels
+    rows = [f'"{text}",{label}' for text, label in zip(data.texts[:ROWS], labels, strict=False)]
     path.write_text("\n".join(["sentence,label", *rows]) + "\n", encoding="utf-8")
 
 
@@ -163,7 +170,9 @@ def prepare(server: TracedServer, folder: Path) -> None:
     from conftest import make_checkpoint
 
     make_checkpoint(folder / "tiny", leaning=20.0)
+    make_checkpoint(folder / "wide", leaning=20.0, neurons=WIDE_NEURONS)
     write_rows(folder / "rows.csv")
+    write_rows(folder / "positive.csv", only_positive=True)
     for arguments in PREPARED:
         ended = server.run(arguments, folder)
         if ended.code:
@@ -173,7 +182,8 @@ def prepare(server: TracedServer, folder: Path) -> None:
 def incomplete_results(folder: Path) -> list[str]:
     """Returns the results in the folder that are not complete, each with the reason."""
     checks: list[tuple[Path, Callable[[Path], object]]] = []
-    checks += [(path, _check_artifact) for path in folder.glob("*/tiny/[!.]*") if path.is_dir()]
+    artifacts = (path for name in ("tiny", "wide") for path in folder.glob(f"*/{name}/[!.]*"))
+    checks += [(path, _check_artifact) for path in artifacts if path.is_dir()]
     checks += [(path, _check_checkpoint) for path in folder.glob("tuned")]
     checks += [(path, read_bundle) for path in folder.glob("bundle")]
     checks += [(path, ResultFile.read) for path in folder.glob("benchmarks/results/**/*.json")]

@@ -78,6 +78,20 @@ def test_a_result_file_has_one_line_of_raw_samples_per_row(tmp_path):
     assert len([line for line in (tmp_path / "r.json").read_text().splitlines() if "onnx-int8" in line]) == 1
 
 
+POINT = {"confidence": 0.9, "drop": 0.1, "shares": [0.5, 0.25], "work": 0.5}
+EXITS = {**POINT, "layers": [0, 2], "held_out_rows": 40, "curve": [POINT]}
+
+
+def test_the_exit_of_each_sentence_is_stored_and_its_shares_follow(tmp_path):
+    early = row(facts={"exits": EXITS}, predictions=(0, 1, 0, 1, 0), exits=(0, None, 0, 2, 1))
+    result(early).write(tmp_path / "r.json")
+    (read,) = ResultFile.read(tmp_path / "r.json").rows
+    assert (read.exits, read.exit_shares) == (early.exits, (0.5, 0.25, 0.25))
+    old = dataclasses.replace(early, exits=())
+    assert "exits" not in old.to_json()
+    assert old.exit_shares == ()
+
+
 def change_row(**changes):
     def change(body):
         body["rows"][0].update(changes)
@@ -130,6 +144,12 @@ def change_samples(values):
         (lambda body: body.update(data={}), "data.name: Field required"),
         (lambda body: body["data"].update(rows=11), "10 predictions for 11 sentences"),
         (lambda body: body["rows"].append(body["rows"][0]), "two rows have the same cell"),
+        (change_row(exits=[0]), "a sentence with an unknown exit"),
+        (change_row(exits=[0, 3], facts={"exits": EXITS}), "a sentence with an unknown exit"),
+        (change_row(exits=[-1], facts={"exits": EXITS}), "exits.0.*the number is negative"),
+        (change_row(facts={"exits": {**EXITS, "layers": [0]}}), "another number of shares than layers"),
+        (change_row(facts={"exits": {**EXITS, "curve": [{**POINT, "shares": []}]}}), "another number of shares"),
+        (change_row(facts={"exits": {**EXITS, "curve": [POINT] * 1001}}), "too many exits, or too many points"),
     ],
 )
 def test_an_inconsistent_result_file_is_refused(tmp_path, change, message):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from toolchain.results.facts import ExitsFact, PruningFact, Task, Vocabulary
+from toolchain.results.facts import CheckedExits, PruningFact, Task, Vocabulary
 from toolchain.system.decoding import Amount, Count, Line, Plain, open_record
 
 
@@ -51,7 +51,7 @@ class ArtifactFacts(TypedDict):
     int8_headroom: NotRequired[Amount]
     pruning: NotRequired[PruningFact]
     recovery: NotRequired[Recovery]
-    exits: NotRequired[ExitsFact]
+    exits: NotRequired[CheckedExits]
     vocabulary: NotRequired[Vocabulary]
     sensitivity: NotRequired[list[LayerSensitivity]]
     kept_fp32: NotRequired[list[Line]]

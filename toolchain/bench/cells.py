@@ -80,6 +80,8 @@ class Running:
         peaks: Memory peaks of each ended process of the cell.
         exactness: Microseconds of each round with exact and with saturating 8-bit products; empty if the
             benchmark does not compare them.
+        exits: Maps each sentence of the scenario ``single-stream`` to the number of exits that it passes; empty for a
+            cell without exits.
         failure: The error that ended the measurement of the cell; None without an error.
         noise: Processor time that other processes and the host of a virtual machine used during the cell's turns.
     """
@@ -92,6 +94,7 @@ class Running:
     server: list[server.Turn] = field(default_factory=list)
     peaks: list[dict[str, Any]] = field(default_factory=list)
     exactness: dict[str, list[int]] = field(default_factory=dict)
+    exits: dict[int, int] = field(default_factory=dict)
     failure: ToolchainError | None = None
     noise: Noise = field(default_factory=Noise)
 
@@ -108,6 +111,8 @@ class Running:
             self.peaks.append(reply)
         elif kind == "exactness":
             self.exactness = dict(reply)
+        elif kind == "exits":
+            self.exits = dict(zip(reply["answered"], reply["exits"], strict=True))
         elif kind == "failure":
             self.failure = getattr(errors, reply["type"])(reply["cause"], reply["mend"])
         elif kind == SERVER:
@@ -120,6 +125,12 @@ class Running:
         """Returns whether the cell's 8-bit products are exact on this processor only with a session option."""
         option = self.starts and self.starts[0]["facts"].get("option")
         return bool(option) and self.artifact.manifest.facts.get("int8_headroom", 1) < 1
+
+    @property
+    def exit_count(self) -> int:
+        """Returns the number of exits whose use the benchmark counts; 0 for a cell without exits."""
+        facts = self.artifact.manifest.facts.get("exits")
+        return len(facts["layers"]) if facts and self.cell.provider == "cpu" else 0
 
     @property
     def single_qps(self) -> float:
@@ -205,6 +216,7 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
         by_length=by_length,
         predictions=tuple((single_answers if single_score else batched_answers)[i] for i in range(count)),
         probabilities=tuple(probabilities.get(i) for i in range(count)) if data.label_set.labels_texts else (),
+        exits=tuple(item.exits.get(i) if i in single_answers else None for i in range(count)) if item.exits else (),
         batch_changed=None
         if data.label_set.task == REGRESSION
         else sum(batched_answers[i] != answer for i, answer in single_answers.items()),

@@ -61,6 +61,14 @@ class Exactness(TypedDict):
 
 
 @strict
+class Exits(TypedDict):
+    """The number of exits that each sentence of the scenario ``single-stream`` passes."""
+
+    exits: list[Count]
+    answered: list[Count]
+
+
+@strict
 class Failure(TypedDict):
     """The error that ended the measurement of a cell."""
 
@@ -133,6 +141,17 @@ class _ExactnessRecord(_Record):
 
 @strict
 @dataclass(frozen=True)
+class _ExitsRecord(_Record):
+    kind: Literal["exits"]
+    reply: Exits
+
+    def __post_init__(self) -> None:
+        if not self.reply["exits"] or len(self.reply["exits"]) != len(self.reply["answered"]):
+            raise ValueError("the numbers of exits and of sentences contradict each other")
+
+
+@strict
+@dataclass(frozen=True)
 class _FailureRecord(_Record):
     kind: Literal["failure"]
     reply: Failure
@@ -161,11 +180,12 @@ class _TurnRecord(_Record):
             raise ValueError("the kind or the number of a turn is unknown")
 
 
-Record = _StartRecord | _PeakRecord | _ExactnessRecord | _FailureRecord | _ServerRecord | _TurnRecord
+Record = _StartRecord | _PeakRecord | _ExactnessRecord | _ExitsRecord | _FailureRecord | _ServerRecord | _TurnRecord
 _TYPES: dict[str, type[Record]] = {
     "start": _StartRecord,
     "peak": _PeakRecord,
     "exactness": _ExactnessRecord,
+    "exits": _ExitsRecord,
     "failure": _FailureRecord,
     SERVER: _ServerRecord,
 }

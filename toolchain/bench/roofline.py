@@ -51,6 +51,8 @@ class Work:
             multiply them with a single token.
         query_parameters: Number of linear parameters of the query layer in the last attention; the pass ``first-query``
             makes the model multiply them with a single token.
+        parameters_before: For each layer with attention, the number of linear parameters of all layers before it; empty
+            if the model's layout is unknown.
     """
 
     linear_parameters: int
@@ -58,6 +60,7 @@ class Work:
     head_parameters: int
     tail_parameters: int = 0
     query_parameters: int = 0
+    parameters_before: tuple[int, ...] = ()
 
     def macs(self, tokens: int, first_token: bool = False, first_query: bool = False) -> int:
         """Returns the number of multiply-accumulates for one sentence.
@@ -75,6 +78,19 @@ class Work:
             linear -= self.query_parameters * (tokens - 1)
             attention -= 2 * tokens * (tokens - 1) * self.attention_widths[-1]
         return linear + attention + self.head_parameters
+
+    def macs_before_exit(self, layer: int, tokens: int) -> int | None:
+        """Returns the number of multiply-accumulates before an exit, for one sentence; None if it is unknown.
+
+        The network of the exit itself does not count.
+
+        Args:
+            layer: Number of layers with attention before the exit.
+            tokens: Number of tokens of the sentence.
+        """
+        if layer >= len(self.parameters_before):
+            return None
+        return self.parameters_before[layer] * tokens + 2 * tokens**2 * sum(self.attention_widths[:layer])
 
 
 def read_work(folder: Path) -> Work | None:
@@ -111,13 +127,18 @@ def read_work(folder: Path) -> Work | None:
     }
     head = {name for name in matrices if name.partition(".")[0] != encoder or "pooler" in name.split(".")}
     sizes = {name: math.prod(shape) for name, shape in matrices.items()}
-    queries = _query_shapes(str(kind), matrices)
+    queries_by_layer = _query_shapes(str(kind), matrices)
+    queries = list(queries_by_layer.values())
+    sizes_by_layer = _sizes_by_layer(str(kind), sizes)
     return Work(
         linear_parameters=sum(size for name, size in sizes.items() if name not in head),
         attention_widths=tuple(shape[0] for shape in queries),
         head_parameters=sum(sizes[name] for name in head),
         tail_parameters=_count_tail_parameters(str(kind), sizes),
         query_parameters=math.prod(queries[-1]) if queries else 0,
+        parameters_before=tuple(
+            sum(size for other, size in sizes_by_layer.items() if other < number) for number in queries_by_layer
+        ),
     )
 
 
@@ -133,13 +154,23 @@ def _shapes(file: Path) -> dict[str, list[int]]:
         ) from error
 
 
-def _query_shapes(kind: str, matrices: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
-    """Returns the shape of each attention layer's query weights; empty if the model's layout is unknown."""
+def _query_shapes(kind: str, matrices: Mapping[str, Sequence[int]]) -> dict[int, Sequence[int]]:
+    """Returns the shape of the query weights, by number of the layer; empty if the model's layout is unknown."""
     if kind not in LAYOUTS:
-        return []
+        return {}
     query = re.compile(rf"{re.escape(LAYOUTS[kind].layers)}\.(\d+)\.{re.escape(LAYOUTS[kind].query)}")
     shapes = {int(match[1]): shape for name, shape in matrices.items() if (match := query.fullmatch(name))}
-    return [shapes[number] for number in sorted(shapes)]
+    return {number: shapes[number] for number in sorted(shapes)}
+
+
+def _sizes_by_layer(kind: str, sizes: Mapping[str, int]) -> Counter[int]:
+    """Returns the number of linear parameters, by number of the layer; empty if the model's layout is unknown."""
+    counts = Counter[int]()
+    if kind in LAYOUTS:
+        for name, size in sizes.items():
+            if match := re.match(rf"{re.escape(LAYOUTS[kind].layers)}\.(\d+)\.", name):
+                counts[int(match[1])] += size
+    return counts
 
 
 def _count_tail_parameters(kind: str, sizes: Mapping[str, int]) -> int:
@@ -150,9 +181,8 @@ def _count_tail_parameters(kind: str, sizes: Mapping[str, int]) -> int:
     if kind not in LAYOUTS:
         return 0
     layout = LAYOUTS[kind]
-    numbers = {int(match[1]) for name in sizes if (match := re.match(rf"{re.escape(layout.layers)}\.(\d+)\.", name))}
     total = 0
-    for number in sorted(numbers, reverse=True):
+    for number in sorted(_sizes_by_layer(kind, sizes), reverse=True):
         layer = f"{layout.layers}.{number}."
         total += sum(sizes.get(layer + path, 0) for path in (layout.output, layout.up, layout.down))
         if layer + layout.query in sizes:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import secrets
-import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +14,7 @@ from toolchain.artifacts import store, variants
 from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.steps import PROVIDERS
 from toolchain.artifacts.store import Artifact
-from toolchain.bench import journal, roofline
+from toolchain.bench import floors, journal, roofline
 from toolchain.bench.cells import Cell
 from toolchain.bench.journal import Journal
 from toolchain.bench.runner import Progress, bench
@@ -187,7 +185,7 @@ def measure_cells(
                 CellFacts,
                 {
                     **row.facts,
-                    **_floor_fact(workspace, row, rates, _count_tokens(cell.encoder, data) or token_counts),
+                    **floors.floor_fact(workspace, row, rates, _count_tokens(cell.encoder, data) or token_counts),
                 },
             ),
         )
@@ -242,43 +240,6 @@ def _digest(request: Request) -> str:
 def _count_tokens(encoder: encoding.Encoder | None, data: Data) -> list[int]:
     """Returns the number of tokens of each sentence; empty without an `Encoder`."""
     return [len(ids) for ids in encoder.encode(data.texts)] if encoder else []
-
-
-def _floor_fact(
-    workspace: Workspace, row: Measurement, rates: Mapping[str, Mapping[str, float]], token_counts: Sequence[int]
-) -> dict[str, Any]:
-    """Returns the fact ``roofline``; empty for a GPU row, or if the model's parameter counts are unknown.
-
-    The work of a variant with exits depends on the text, so its fact is empty as well. The fact ``roofline`` holds the
-    median number of multiply-accumulates per sentence and the bytes of weights. If the runtime's rates are known, it
-    also holds the floor (the median lower bound on the time of a sentence, in milliseconds), and the floor divided by
-    the row's p50.
-    """
-    artifact = workspace.load(row.variant)
-    if row.provider != "cpu" or artifact is None or artifact.manifest.variant.parts.exits:
-        return {}
-    lineage = [workspace.load(variant.name) for variant in workspace.lineage(row.variant)]
-    torch = [ancestor for ancestor in lineage if ancestor and ancestor.manifest.variant.parts.is_torch_fp32]
-    model_work = roofline.read_work(torch[-1].path) if torch else None
-    bytes_read = roofline.weight_bytes(artifact.manifest.facts)
-    if model_work is None or bytes_read is None:
-        return {}
-    rewrites = Counter[str]()
-    for ancestor in lineage:
-        rewrites.update((ancestor.manifest.facts.get("rewrites") if ancestor else None) or {})
-    macs = [
-        model_work.macs(tokens, rewrites["first-token"] > 0, rewrites["first-query"] > 0) for tokens in token_counts
-    ]
-    parts = artifact.manifest.variant.parts
-    floors = [
-        roofline.floor_ms(sentence_macs, bytes_read, rates.get(parts.runtime.split("-")[0], {}), parts.scheme)
-        for sentence_macs in macs
-    ]
-    median_floor = statistics.median(ms for ms in floors if ms is not None) if floors[0] is not None else None
-    facts: dict[str, Any] = {"macs": round(statistics.median(macs)), "weight_bytes": bytes_read}
-    if median_floor is not None:
-        facts |= {"floor_ms": round(median_floor, 4), "share": round(median_floor / row.latency_ms["p50"], 4)}
-    return {"roofline": facts}
 
 
 def _open_journal(workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data) -> Journal:

@@ -135,6 +135,7 @@ class _Bench:
             self._run_action(index, self._stop_process)
             self._run_action(index, self._require_peak, batches)
             self._run_action(index, self._time_exactness)
+            self._run_action(index, self._find_exits)
 
     def _measure_server(self) -> None:
         """Measures all turns of the scenario ``server``, in which the cells also alternate."""
@@ -189,7 +190,8 @@ class _Bench:
                 for turn, reply in replies.items()
             )
             fits = fits and self._fits_server(item)
-            if self._journal and not (fits and (item.needs_option or not item.exactness)):
+            fits = fits and (item.needs_option or not item.exactness) and self._fits_exits(item)
+            if self._journal and not fits:
                 raise invalid_journal(self._journal.path, f"a record of {item.cell.name} does not fit the run")
 
     def _fits_server(self, item: Running) -> bool:
@@ -203,6 +205,11 @@ class _Bench:
             if len(server.plan(number, *rate, self._singles, self._protocol).sentences) != turn.planned:
                 return False
         return True
+
+    def _fits_exits(self, item: Running) -> bool:
+        """Returns whether the recorded exits can be those of the sentences at batch 1."""
+        is_complete = not item.exits or (item.exit_count > 0 and list(item.exits) == self._singles)
+        return is_complete and all(passed <= item.exit_count for passed in item.exits.values())
 
     def _require_peak(self, index: int, item: Running, batches: Sequence[list[int]]) -> None:
         """Measures the memory peak if the interrupted run ended after the last turn and before this measurement."""
@@ -272,20 +279,29 @@ class _Bench:
             self._record(index, "peak", peak)
 
     def _time_exactness(self, index: int, item: Running) -> None:
-        """Compares the times of exact and of saturating 8-bit products, if exact products need a session option.
-
-        The method uses a separate process, because a session with saturating products must not count as memory of the
-        cell.
-        """
+        """Compares the times of exact and of saturating 8-bit products, if exact products need a session option."""
         if item.exactness or not item.needs_option:
             return
+        chosen = [[i] for i in self._order[:WARM_UP_SENTENCES]]
+        message = {"do": "exactness", "batches": chosen, "rounds": EXACTNESS_ROUNDS}
+        self._record(index, "exactness", self._ask_separately(item, message, TURN_TIMEOUT_S))
+
+    def _find_exits(self, index: int, item: Running) -> None:
+        """Finds the exit that each sentence uses at batch 1, for a cell with exits."""
+        if item.exits or not item.exit_count:
+            return
+        message = {"do": "exits", "sentences": self._singles}
+        timeout_s = LOAD_TIMEOUT_S + 10 * item.sentence_s * len(self._singles)
+        reply = self._ask_separately(item, message, timeout_s)
+        self._record(index, "exits", {**reply, "answered": self._singles})
+
+    def _ask_separately(self, item: Running, message: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Returns the reply of a separate process, whose second session must not count as memory of the cell."""
         worker = self._open_worker(item)
         try:
             worker.load(LOAD_TIMEOUT_S)
             worker.ask({"do": "data", "texts": self._data.texts, "lengths": []}, LOAD_TIMEOUT_S)
-            chosen = [[i] for i in self._order[:WARM_UP_SENTENCES]]
-            message = {"do": "exactness", "batches": chosen, "rounds": EXACTNESS_ROUNDS}
-            self._record(index, "exactness", worker.ask(message, TURN_TIMEOUT_S))
+            return worker.ask(message, timeout_s)
         finally:
             worker.close()
 

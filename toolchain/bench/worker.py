@@ -237,6 +237,19 @@ class _Child:
         saturating.close()
         return times
 
+    def exits(self, sentences: list[int]) -> dict[str, Any]:
+        """Returns the number of exits that each sentence passes at batch 1, as ``exits``.
+
+        A copy of the graph finds the exits, because the measured graph does not output them.
+        """
+        # An import at the top of the module would count as memory of each cell.
+        from toolchain import passes
+        from toolchain.exits.use import find_exits
+
+        rows = [self._ids[i] for i in sentences]
+        graph = passes.read(self._folder / "model.onnx")
+        return {"exits": find_exits(graph, rows, self._encoder, self._place.threads)}
+
     def _pad_batch(self, batch: list[int], fixed: bool = False) -> dict[str, np.ndarray]:
         rows = [self._ids[i] for i in batch]
         width = fixed_width(max(map(len, rows)), self._encoder.max_length) if fixed else 0

@@ -302,9 +302,9 @@ class Row:
         return Ratio(baseline_value / own_value) if own_value and baseline_value else None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the row for JSON with ratios, intervals and marks, without samples, predictions and probabilities."""
+        """Returns the row for JSON with ratios, intervals and marks, but without samples and values of sentences."""
         body = self.measurement.to_json()
-        for name in ("samples", "predictions", "probabilities"):
+        for name in ("samples", "predictions", "probabilities", "exits"):
             body.pop(name, None)
         if self.measurement.by_length:
             body["by_length"] = {n: samples.milliseconds() for n, samples in self.measurement.by_length.items()}
@@ -321,12 +321,12 @@ class Row:
                 for name, value in asdict(self.quality).items()
                 if value is not None
             }
+        ratios |= {"exit_shares": list(shares)} if (shares := self.measurement.exit_shares) else {}
         if self.latency_interval:
             ratios["latency_interval_ms"] = [round(value, 4) for value in self.latency_interval]
-        baseline = self.baseline.cell if self.baseline else None
         machine = {key: self.run.machine[key] for key in ("id", "cpu", "cores", "gpu")}
         marks = {"noisy": self.noisy, "pareto": self.pareto, "stale": self.stale}
-        return {**body, "machine": machine, "baseline": baseline, **ratios, **marks}
+        return {**body, "machine": machine, "baseline": self.baseline and self.baseline.cell, **ratios, **marks}
 
 
 def _probability_shifts(measurement: Measurement, baseline: Measurement) -> list[float]:

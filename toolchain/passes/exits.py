@@ -166,7 +166,9 @@ def change_confidence(model: ir.Model, change: Callable[[float], float]) -> None
 def _move_weights(model: ir.Model) -> None:
     """Moves each weight that only one branch reads into this branch.
 
-    When ONNX Runtime loads a branch, it prepacks the weights of the branch, but not weights of the outer graph.
+    When ONNX Runtime loads a branch, it prepacks the weights of the branch, but not weights of the outer graph. The
+    option `toolchain.backends.ort.EXACT_PRODUCTS` also changes only the weights of the branch. ONNX Runtime needs more
+    memory for weights in a branch, because each `If` node around them keeps a copy.
     """
     for name, weight in list(model.graph.initializers.items()):
         graphs = {node.graph for node in weight.consumers()}

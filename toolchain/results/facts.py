@@ -13,6 +13,10 @@ from typing_extensions import TypedDict
 from toolchain.data.labels import TASKS, Answer
 from toolchain.system.decoding import Amount, Check, Count, Line, Plain, open_record
 
+# Limits for the fact `exits` of a file.
+MOST_EXITS = 1000
+MOST_POINTS = 1000
+
 
 def _check_task(task: str) -> str:
     if task not in TASKS:
@@ -203,6 +207,17 @@ class ExitsFact(ExitPoint):
     curve: list[ExitPoint]
 
 
+def _check_exits(fact: ExitsFact) -> ExitsFact:
+    if any(len(point["shares"]) != len(fact["layers"]) for point in (fact, *fact["curve"])):
+        raise ValueError("the exits have another number of shares than layers")
+    if len(fact["layers"]) > MOST_EXITS or len(fact["curve"]) > MOST_POINTS:
+        raise ValueError("there are too many exits, or too many points of the curve")
+    return fact
+
+
+CheckedExits = Annotated[ExitsFact, Check(_check_exits)]
+
+
 @open_record
 class Roofline(TypedDict):
     """The fact ``roofline``: the work of a sentence, and the least time that it takes on the machine."""
@@ -257,7 +272,7 @@ class CellFacts(TypedDict):
     rewrites: NotRequired[dict[Line, Count] | None]
     pruning: NotRequired[PruningFact]
     vocabulary: NotRequired[Vocabulary]
-    exits: NotRequired[ExitsFact]
+    exits: NotRequired[CheckedExits]
     roofline: NotRequired[Roofline]
     exactness: NotRequired[Exactness]
     server: NotRequired[Server]

@@ -138,6 +138,8 @@ class Measurement:
         predictions: Answer to each sentence, as in `toolchain.data.labels`.
         probabilities: Probabilities of the labels for each sentence, as integers from 0 to `PROBABILITY`; None for a
             sentence that was not run at batch 1. Empty for regression and token classification.
+        exits: Number of exits that each sentence passes at batch 1: 0 for the first exit, and the number of exits for a
+            sentence that uses none; None for a sentence that was not run at batch 1. Empty for a variant without exits.
         batch_changed: Number of sentences whose predicted label in a larger batch differs from the label at batch 1;
             None for regression, whose scores may differ by rounding.
     """
@@ -172,12 +174,20 @@ class Measurement:
     by_length: Mapping[int, Samples] = field(default_factory=dict)
     predictions: tuple[Answer, ...] = ()
     probabilities: tuple[tuple[int, ...] | None, ...] = ()
+    exits: tuple[int | None, ...] = ()
     batch_changed: int | None = None
 
     @property
     def cell(self) -> str:
         """Name of the cell, in the form ``variant@provider``."""
         return f"{self.variant}@{self.provider}"
+
+    @property
+    def exit_shares(self) -> tuple[float, ...]:
+        """Returns the share of the sentences that uses each exit, and last the share that uses none; may be empty."""
+        passed = [number for number in self.exits if number is not None]
+        numbers = range(len(self.facts["exits"]["layers"]) + 1) if passed else ()
+        return tuple(round(passed.count(number) / len(passed), 4) for number in numbers)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the row as a result file stores it, without empty fields."""
@@ -195,7 +205,7 @@ class Measurement:
         row["samples"] = {name: _samples_json(s) for name in SAMPLES if (s := getattr(self, name))}
         if self.by_length:
             row["by_length"] = {str(tokens): _samples_json(s) for tokens, s in self.by_length.items()}
-        for name in ("predictions", "probabilities"):
+        for name in ("predictions", "probabilities", "exits"):
             if values := getattr(self, name):
                 row[name] = list(values)
         return row
@@ -222,6 +232,9 @@ class Measurement:
             raise ValueError(f"{self.cell}: the rate of the scenario server exceeds the limit of its p99")
         if any(chances and not all(0 <= p <= PROBABILITY for p in chances) for chances in self.probabilities):
             raise ValueError(f"{self.cell} has a probability outside the range from 0 to {PROBABILITY}")
+        count = len(self.facts["exits"]["layers"]) if "exits" in self.facts else -1
+        if not all(number is None or number <= count for number in self.exits):
+            raise ValueError(f"{self.cell} has a sentence with an unknown exit")
 
 
 def _samples_json(samples: Samples) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class ResultFile:
             for score in (row.score, row.score_batched):
                 if score and row.status == "ok" and score.count != self.data["rows"]:
                     raise ValueError(f"{row.cell} has {score.count} predictions for {self.data['rows']} sentences")
-            for name in ("predictions", "probabilities"):
+            for name in ("predictions", "probabilities", "exits"):
                 count = len(getattr(row, name))
                 if labels and count not in (0, self.data["rows"]):
                     raise ValueError(f"{row.cell} has {count} {name} for {self.data['rows']} sentences")
@@ -281,6 +281,7 @@ class _StoredRow:
     by_length: dict[Count, _StoredSamples] = field(default_factory=dict)
     predictions: tuple[Answer, ...] = ()
     probabilities: tuple[tuple[int, ...] | None, ...] = ()
+    exits: tuple[Count | None, ...] = ()
     batch_changed: Count | None = None
 
     def __post_init__(self) -> None:

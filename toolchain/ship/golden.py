@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import passes
 from toolchain.artifacts.store import Artifact
-from toolchain.backends import Place, open_graph
+from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession, saturates
 from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import ShippingError
+from toolchain.exits.use import find_exits
 from toolchain.passes.exits import change_confidence
 from toolchain.ship.process import GOLDEN_ROWS
 
@@ -35,7 +36,7 @@ def select_stable_sentences(artifacts: Sequence[Artifact], sentences: Sequence[s
     kept = list(sentences)
     for artifact in artifacts:
         if artifact.manifest.variant.parts.exits:
-            lower, upper = (_logits(artifact, kept, shift) for shift in (-MARGIN, MARGIN))
+            lower, upper = (_exits(artifact, kept, shift) for shift in (-MARGIN, MARGIN))
             kept = [text for text, a, b in zip(kept, lower, upper, strict=True) if a == b]
     if not kept:
         raise ShippingError(
@@ -45,16 +46,14 @@ def select_stable_sentences(artifacts: Sequence[Artifact], sentences: Sequence[s
     return kept
 
 
-def _logits(artifact: Artifact, sentences: Sequence[str], shift: float) -> list[tuple[float, ...]]:
-    """Returns the logits of each sentence at batch 1, with shifted log-odds of the confidence threshold."""
+def _exits(artifact: Artifact, sentences: Sequence[str], shift: float) -> list[int]:
+    """Returns the exit of each sentence at batch 1, with shifted log-odds of the confidence threshold."""
     graph = passes.read(artifact.onnx_path)
     change_confidence(graph, lambda confidence: 1 / (1 + (1 - confidence) / confidence * math.exp(-shift)))
     encoder = Encoder.open(
         artifact.path, [spec.name for spec in artifact.manifest.inputs], artifact.manifest.max_length
     )
-    batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(sentences)]
-    with open_graph(graph, 1) as session:
-        return [tuple(session.run(batch)[0].tolist()) for batch in batches]
+    return find_exits(graph, encoder.encode(sentences), encoder, threads=1)
 
 
 def golden_content(artifacts: Sequence[Artifact], sentences: Sequence[str], encoder: Encoder) -> dict[str, Any]:

@@ -115,18 +115,22 @@ def legend(figure: Figure, rows: Sequence[Row], others: Mapping[str, Mapping[str
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, handletextpad=0.5)
 
 
-def place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes a label near each point, away from other labels and points if there is space.
+def place_labels(
+    axes: Any, points: Sequence[tuple[float, float, str]], marks: Sequence[tuple[float, float]] = ()
+) -> None:
+    """Writes a label near each point, away from other labels, points and marks if there is space.
 
     Args:
         axes: The axes.
         points: For each point, x and y in the units of the axes, and the text of its label.
+        marks: x and y of other things that a label should not cover, such as places on a line.
     """
     axes.figure.draw_without_rendering()
     frame = axes.get_window_extent()
     limits = (frame.x0, frame.y0, frame.x1, frame.y1)
     positions = [axes.transData.transform(point[:2]) for point in points]
-    occupied: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in positions]
+    others = [axes.transData.transform(mark) for mark in marks]
+    occupied: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in [*positions, *others]]
     for index in sorted(range(len(points)), key=lambda i: (positions[i][0], positions[i][1])):
         probe = _write_label(axes, points[index])
         size = probe.get_window_extent()

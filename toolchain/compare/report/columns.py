@@ -94,6 +94,12 @@ def _expected_work(row: Row) -> Figure | None:
     return Figure.from_number(100 * exits["work"], ".0f", "%") if exits else None
 
 
+def _exit_share(row: Row) -> Figure | None:
+    """Returns the share of the sentences at batch 1 that use an exit, in per cent."""
+    shares = row.measurement.exit_shares
+    return Figure.from_number(100 * sum(shares[:-1]), ".0f", "%") if shares else None
+
+
 def _throughput(row: Row) -> Figure | None:
     return Figure.from_number(row.measurement.throughput_per_s, ".0f", note=_note(row, row.throughput_gain))
 
@@ -163,6 +169,7 @@ CELL = Column("cell", "cell", _cell)
 # Columns of a comparison with a variant that has exits. Its latency depends on the text, and the median hides this.
 EXIT_COLUMNS = (
     Column("mean", "mean ms (faster)", _mean, "ms"),
+    Column("exits", "sentences that exit", _exit_share, optional=True),
     Column("work", "expected work", _expected_work),
 )
 COLUMNS = (
@@ -215,10 +222,10 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     An optional column appears only if a row has the figure of the column, and `EXIT_COLUMNS` only if a row has exits.
     The columns that `group_columns` returns come first.
     """
-    shown = [column for column in COLUMNS if not column.optional or any(column.figure(row) for row in rows)]
-    if any(_expected_work(row) for row in rows):
-        place = next(index for index, column in enumerate(shown) if column.name == "p50")
-        shown[place:place] = EXIT_COLUMNS
+    place = next(index for index, column in enumerate(COLUMNS) if column.name == "p50")
+    exit_columns = EXIT_COLUMNS if any(_expected_work(row) for row in rows) else ()
+    possible = (*COLUMNS[:place], *exit_columns, *COLUMNS[place:])
+    shown = [column for column in possible if not column.optional or any(column.figure(row) for row in rows)]
     return [*group_columns(rows), *shown]
 
 

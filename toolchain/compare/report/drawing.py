@@ -35,13 +35,13 @@ def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     Returns:
         The figure and its description; None if no row has both accuracy and latency.
     """
-    shown = _select_rows(panels, lambda row: row.measurement.score and latency_ms(row))
+    shown = select_rows(panels, lambda row: row.measurement.score and latency_ms(row))
     if not shown:
         return None
-    figure, grid = canvas([_point_panel_height(panel) for panel in shown], sharex=True, sharey=True)
+    figure, grid = canvas([point_panel_height(panel) for panel in shown], sharex=True, sharey=True)
     for (axes,), panel in zip(grid, shown, strict=True):
         axes.set_title(panel.title)
-        front = [(latency_ms(row), _accuracy_percent(row)) for row in _accuracy_front(panel)]
+        front = [(latency_ms(row), accuracy_percent(row)) for row in _accuracy_front(panel)]
         axes.step(*zip(*front, strict=True), where="post", color=INK, **DASHED)
         for row in panel.rows:
             _draw_point(axes, row)
@@ -51,17 +51,17 @@ def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     grid[-1][0].set_xlabel("latency at batch 1, ms" + ("; hollow: mean, published" if means else ", median"))
     legend(figure, [row for panel in shown for row in panel.rows], {"Pareto front": DASHED, "baseline": RING})
     for (axes,), panel in zip(grid, shown, strict=True):
-        place_labels(axes, [(latency_ms(row), _accuracy_percent(row), panel.label(row)) for row in panel.rows])
+        place_labels(axes, [(latency_ms(row), accuracy_percent(row), panel.label(row)) for row in panel.rows])
     descriptions = []
     for panel in shown:
         front_text = ", ".join(
-            f"{panel.label(row)} ({_accuracy_percent(row):.2f} % at {latency_ms(row):.2f} ms)"
+            f"{panel.label(row)} ({accuracy_percent(row):.2f} % at {latency_ms(row):.2f} ms)"
             for row in _accuracy_front(panel)
         )
         descriptions.append(
             f"{panel.title}: {len(panel.rows)} variants; no variant is both faster and more accurate than {front_text}"
         )
-    return figure, _join_descriptions(descriptions)
+    return figure, join_descriptions(descriptions)
 
 
 def latency_ms(row: Row) -> float:
@@ -70,21 +70,22 @@ def latency_ms(row: Row) -> float:
     return figures.get("p50") or figures.get("mean") or 0.0
 
 
-def _accuracy_percent(row: Row) -> float:
+def accuracy_percent(row: Row) -> float:
+    """Returns the score in per cent; 0 if there is none."""
     return 100 * row.measurement.score.value if row.measurement.score else 0.0
 
 
 def _accuracy_front(panel: Panel) -> list[Row]:
     """Returns the rows that are more accurate than all faster rows, fastest first."""
     front: list[Row] = []
-    for row in sorted(panel.rows, key=lambda row: (latency_ms(row), -_accuracy_percent(row))):
-        if not front or _accuracy_percent(row) > _accuracy_percent(front[-1]):
+    for row in sorted(panel.rows, key=lambda row: (latency_ms(row), -accuracy_percent(row))):
+        if not front or accuracy_percent(row) > accuracy_percent(front[-1]):
             front.append(row)
     return front
 
 
 def _draw_point(axes: Any, row: Row) -> None:
-    x, y, (colour, marker) = latency_ms(row), _accuracy_percent(row), runtime_style(row)
+    x, y, (colour, marker) = latency_ms(row), accuracy_percent(row), runtime_style(row)
     if row.quality:
         axes.vlines(x, 100 * row.quality.low, 100 * row.quality.high, color=colour, alpha=FAINT, linewidth=1)
     if row.latency_interval:
@@ -111,7 +112,7 @@ def size_memory(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         for name, figure_of in kinds.items()
         if any(figure_of(row) for panel in panels for row in panel.rows)
     }
-    shown = _select_rows(panels, lambda row: any(figure_of(row) for figure_of in kinds.values()))
+    shown = select_rows(panels, lambda row: any(figure_of(row) for figure_of in kinds.values()))
     if not shown:
         return None
     figure, grid = canvas([_row_panel_height(panel) for panel in shown], len(kinds), sharex="col", sharey="row")
@@ -139,7 +140,7 @@ def size_memory(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
                 f"{panel.title}: {name}: {_range_text(panel, [(row, value) for _, row, value in bars])}"
             )
     legend(figure, [row for panel in shown for row in panel.rows])
-    return figure, _join_descriptions(descriptions)
+    return figure, join_descriptions(descriptions)
 
 
 _LABEL_STYLE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
@@ -153,7 +154,7 @@ def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     """
     import numpy as np
 
-    shown = _select_rows(panels, lambda row: row.measurement.latency)
+    shown = select_rows(panels, lambda row: row.measurement.latency)
     if not shown:
         return None
     figure, grid = canvas([_row_panel_height(panel) for panel in shown], sharex=True)
@@ -177,7 +178,7 @@ def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     axis_of(grid[-1][0].xaxis, ends)
     grid[-1][0].set_xlabel("latency at batch 1, ms")
     legend(figure, [row for panel in shown for row in panel.rows])
-    return figure, _join_descriptions(descriptions)
+    return figure, join_descriptions(descriptions)
 
 
 def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
@@ -186,7 +187,7 @@ def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     Returns:
         The figure and its description; None if no row was measured by length.
     """
-    shown = _select_rows(panels, lambda row: row.measurement.by_length)
+    shown = select_rows(panels, lambda row: row.measurement.by_length)
     if not shown:
         return None
     figure, grid = canvas([max(3.6, 0.17 * len(panel.rows) + 1.2) for panel in shown], sharex=True)
@@ -215,7 +216,7 @@ def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     legend(figure, [row for panel in shown for row in panel.rows])
     for axes, points in labels:
         place_labels_at_end(axes, points)
-    return figure, _join_descriptions(descriptions)
+    return figure, join_descriptions(descriptions)
 
 
 def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
@@ -225,10 +226,10 @@ def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         The figure and its description; None if no row has a predicted and a measured speed-up.
     """
     rows = [row for panel in panels for row in panel.rows]
-    shown = _select_rows(panels, lambda row: _predicted_speedup(row) and speedup_over_unpruned(row, rows))
+    shown = select_rows(panels, lambda row: _predicted_speedup(row) and speedup_over_unpruned(row, rows))
     if not shown:
         return None
-    figure, grid = canvas([_point_panel_height(panel) for panel in shown], sharex=True, sharey=True)
+    figure, grid = canvas([point_panel_height(panel) for panel in shown], sharex=True, sharey=True)
     descriptions, labels = [], []
     for (axes,), panel in zip(grid, shown, strict=True):
         axes.set_title(panel.title)
@@ -255,7 +256,7 @@ def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     legend(figure, [row for panel in shown for row in panel.rows], {"as predicted": DASHED})
     for axes, points in labels:
         place_labels(axes, points)
-    return figure, _join_descriptions(descriptions)
+    return figure, join_descriptions(descriptions)
 
 
 def _predicted_speedup(row: Row) -> float:
@@ -264,13 +265,13 @@ def _predicted_speedup(row: Row) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _select_rows(panels: Sequence[Panel], condition: Callable[[Row], Any]) -> list[Panel]:
+def select_rows(panels: Sequence[Panel], condition: Callable[[Row], Any]) -> list[Panel]:
     """Returns the panels with only the rows for which `condition` is true, without empty panels."""
     selected = [Panel(panel.title, tuple(row for row in panel.rows if condition(row))) for panel in panels]
     return [panel for panel in selected if panel.rows]
 
 
-def _point_panel_height(panel: Panel) -> float:
+def point_panel_height(panel: Panel) -> float:
     """Returns the height in inches of a panel with labelled points."""
     return min(4.6, 2.4 + 0.2 * len(panel.rows))
 
@@ -294,5 +295,6 @@ def _range_text(panel: Panel, values: Sequence[tuple[Row, float]], unit: str = "
     return f"{least:.2f}{unit} ({panel.label(first_row)}) to {most:.2f}{unit} ({panel.label(last_row)})"
 
 
-def _join_descriptions(descriptions: Any) -> str:
+def join_descriptions(descriptions: Any) -> str:
+    """Returns the description of a figure: the descriptions of its panels, as printable text."""
     return printable(". ".join(descriptions) + ".", 4000)

@@ -94,6 +94,7 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "server_p99_ms": lambda row: row.measurement.server_ms.get("p99"),
     "server_mean_batch": lambda row: _server(row, "mean_batch"),
     "server_gain": lambda row: row.server_gain and row.server_gain.value,
+    "exit_shares": lambda row: "; ".join(f"{share:g}" for share in row.measurement.exit_shares) or None,
 }
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from toolchain.artifacts.fact_summaries import summarize_exits, summarize_pruning, summarize_vocabulary
+from toolchain.artifacts.fact_summaries import (
+    describe_exit_shares,
+    summarize_exits,
+    summarize_pruning,
+    summarize_vocabulary,
+)
 from toolchain.artifacts.names import VariantName
 from toolchain.compare.report.columns import (
     FIGURES,
@@ -157,9 +162,17 @@ def _vocabulary_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _exits_notes(rows: Sequence[Row]) -> list[str]:
-    """Returns one line for each cell whose variant has exits."""
-    facts_by_cell = [(row.measurement.cell, row.measurement.facts.get("exits")) for row in rows_with_figures(rows)]
-    return list(dict.fromkeys(f"{cell}: {summarize_exits(facts)}" for cell, facts in facts_by_cell if facts))
+    """Returns the use of the exits by the sentences of each row, and by the held-out rows of each variant."""
+    with_exits = [row for row in rows_with_figures(rows) if "exits" in row.measurement.facts]
+    lines = []
+    for row in with_exits:
+        facts, shares = row.measurement.facts["exits"], row.measurement.exit_shares
+        if shares:
+            count = sum(number is not None for number in row.measurement.exits)
+            used = describe_exit_shares(facts, shares[:-1])
+            lines.append(f"{cell_name(row, rows)}, exits of {count} sentences: {used}; {shares[-1]:.0%} use no exit.")
+    summaries = (f"{row.measurement.cell}: {summarize_exits(row.measurement.facts['exits'])}" for row in with_exits)
+    return [*lines, *dict.fromkeys(summaries)]
 
 
 def _length_notes(rows: Sequence[Row]) -> list[str]:

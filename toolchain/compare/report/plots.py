@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.compare.report import drawing
+from toolchain.compare.report import drawing, drawing_exits
 from toolchain.compare.report.canvas import STYLE
 from toolchain.compare.report.columns import rows_with_figures
 from toolchain.compare.report.panels import Panel, panels
@@ -75,6 +75,17 @@ PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] =
         "equals the prediction. Below the line, the speed-up is smaller than predicted. Bars are 95 % intervals over "
         "rounds.",
         drawing.pruning_speedup,
+    ),
+    "exits-work": (
+        "Accuracy against the work with exits",
+        "Up and to the left is better. Each point is a confidence threshold that the build measured on held-out rows. "
+        "The accuracy change is relative to the same variant without exits. A ring marks the threshold of the variant.",
+        drawing_exits.exits_work,
+    ),
+    "exits-latency": (
+        "Accuracy against mean latency with exits",
+        "Up and to the left is better. A line connects the variants with exits of one parent, and the parent.",
+        drawing_exits.exits_latency,
     ),
 }
 
