@@ -1,0 +1,79 @@
+"""What each tool builds its models from; a tool's script reads it in the tool's own environment.
+
+This module imports nothing but the standard library, because an environment may not have the toolchain's packages.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Paths of the files that a tool builds its models from.
+
+    Attributes:
+        checkpoint: Folder of the fine-tuned checkpoint.
+        graph: ONNX file of the toolchain's `onnx-std`: the checkpoint, exported in fp32.
+        calibration: JSON file with the token ids of the sentences for calibration.
+        training: JSON file with the keys ``ids`` and ``labels``: the token ids and the label of each training row that
+            the toolchain does not hold out.
+    """
+
+    checkpoint: str
+    graph: str
+    calibration: str
+    training: str
+
+    def write(self, path: Path) -> None:
+        """Writes the paths to a JSON file."""
+        path.write_text(json.dumps(asdict(self)))
+
+    def read_calibration(self) -> list[list[int]]:
+        """Returns the token ids of the sentences for calibration."""
+        rows: list[list[int]] = json.loads(Path(self.calibration).read_text())
+        return rows
+
+    def read_training(self) -> tuple[list[list[int]], list[int]]:
+        """Returns the token ids and the labels of the training rows."""
+        content = json.loads(Path(self.training).read_text())
+        return content["ids"], content["labels"]
+
+    def load_model(self) -> Any:
+        """Returns the checkpoint's PyTorch model."""
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification.from_pretrained(self.checkpoint, attn_implementation="eager").eval()
+
+    def classifier(self) -> Any:
+        """Returns a PyTorch module that takes token ids and attention mask as positional inputs and returns logits."""
+        import torch
+
+        class Classifier(torch.nn.Module):
+            def __init__(self, model: torch.nn.Module) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+                logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+                return logits
+
+        return Classifier(self.load_model()).eval()
+
+
+def new_folder(out: Path, model: str) -> Path:
+    """Creates the folder of a model below `out` and returns its path."""
+    folder = out / model
+    folder.mkdir()
+    return folder
+
+
+def run(build: Callable[[Sources, Path], None]) -> None:
+    """Calls a script's function `build` with the sources and the folder of the command line."""
+    sources, out = sys.argv[1:]
+    build(Sources(**json.loads(Path(sources).read_text())), Path(out))
