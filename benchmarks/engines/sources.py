@@ -44,11 +44,11 @@ class Sources:
         content = json.loads(Path(self.training).read_text())
         return content["ids"], content["labels"]
 
-    def load_model(self) -> Any:
-        """Returns the checkpoint's PyTorch model."""
+    def load_model(self, attention: str = "eager") -> Any:
+        """Returns the checkpoint's PyTorch model, with this implementation of attention."""
         from transformers import AutoModelForSequenceClassification
 
-        return AutoModelForSequenceClassification.from_pretrained(self.checkpoint, attn_implementation="eager").eval()
+        return AutoModelForSequenceClassification.from_pretrained(self.checkpoint, attn_implementation=attention).eval()
 
     def classifier(self) -> Any:
         """Returns a PyTorch module that takes token ids and attention mask as positional inputs and returns logits."""

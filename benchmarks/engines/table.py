@@ -114,6 +114,8 @@ ENGINES = {
         _engine("neural-compressor", ("neural-compressor-dynamic", "neural-compressor-static"), borrow=False),
         _engine("openvino", ("openvino-fp32", "openvino-int8"), "OpenVinoSession"),
         _engine("ctranslate2", ("ctranslate2-int8",), "CTranslate2Session"),
+        _engine("ncnn", ("ncnn-fp32", "ncnn-int8"), "NcnnSession"),
+        _engine("litert", ("litert-int8",), "LiteRtSession"),
         _engine("executorch", ("executorch-8da8w",), "ExecuTorchSession"),
     )
 }
