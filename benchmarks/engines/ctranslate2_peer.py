@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.session import EngineSession
-from engines.sources import Sources, new_folder, run
+from engines.sources import Sources, apply_head, head_arrays, new_folder, run
 
 # CTranslate2's config has the same name as the checkpoint's, so it is in a folder of its own.
 ENCODER, HEAD = "encoder", "head.npz"
@@ -40,9 +40,7 @@ class CTranslate2Session(EngineSession):
         lengths = batch["attention_mask"].sum(axis=1, dtype=np.int32)
         output = self._encoder.forward_batch(self._view(ids), self._view(lengths))
         first = np.array(output.last_hidden_state)[:, 0]
-        head = self._head
-        hidden = np.maximum(first @ head["pre_weight"].T + head["pre_bias"], 0)
-        return hidden @ head["weight"].T + head["bias"]
+        return apply_head(self._head, first)
 
 
 def build(sources: Sources, out: Path) -> None:
@@ -52,14 +50,7 @@ def build(sources: Sources, out: Path) -> None:
 
     folder = new_folder(out, "ctranslate2-int8")
     TransformersConverter(sources.checkpoint).convert(str(folder / ENCODER), quantization="int8")
-    model = sources.load_model()
-    layers = {"pre_": model.pre_classifier, "": model.classifier}
-    arrays = {
-        f"{prefix}{name}": getattr(layer, name).detach().numpy()
-        for prefix, layer in layers.items()
-        for name in ("weight", "bias")
-    }
-    np.savez(folder / HEAD, **arrays)
+    np.savez(folder / HEAD, **head_arrays(sources.load_model()))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,24 @@ class Sources:
                 return logits
 
         return Classifier(self.load_model()).eval()
+
+
+def head_arrays(model: Any) -> dict[str, Any]:
+    """Returns the weights of DistilBERT's classification head, for engines that compute only the encoder."""
+    layers = {"pre_": model.pre_classifier, "": model.classifier}
+    return {
+        f"{prefix}{name}": getattr(layer, name).detach().numpy()
+        for prefix, layer in layers.items()
+        for name in ("weight", "bias")
+    }
+
+
+def apply_head(head: Mapping[str, Any], first: Any) -> Any:
+    """Returns the logits for the hidden states of the first tokens, shape [batch, width], in NumPy."""
+    import numpy as np
+
+    hidden = np.maximum(first @ head["pre_weight"].T + head["pre_bias"], 0)
+    return hidden @ head["weight"].T + head["bias"]
 
 
 def new_folder(out: Path, model: str) -> Path:

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engines.environments import call, environment
 from engines.sources import Sources
 from toolchain.backends import Backend
 from toolchain.errors import BenchError
 
-FOLDER = Path(__file__).parent
+REQUIREMENTS = Path(__file__).parent / "requirements"
 BUILD_S = 1800  # seconds that a tool's script may take
 
 
@@ -26,6 +27,8 @@ class Engine:
         session: Name of the session class in the tool's module; empty if the toolchain's ONNX Runtime runs the models.
         borrow: Whether the tool's environment also finds the packages of the running environment.
         requirements: The tool's requirements file; None if the tool is in the running environment.
+        session_requirements: Requirements file of a separate environment for the session; None if the session runs in
+            the tool's environment.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Engine:
     session: str = ""
     borrow: bool = True
     requirements: Path | None = None
+    session_requirements: Path | None = None
 
     @property
     def module(self) -> str:
@@ -44,15 +48,19 @@ class Engine:
         """Returns the runtime tag of the tool's models."""
         return self.name if self.session else "onnx"
 
-    def backend(self, python: Path) -> Backend:
-        """Returns the backend that runs the tool's models in its own environment."""
-        return Backend(f"{self.module}:{self.session}", (), str(python))
-
     def python(self, environments: Path) -> Path:
         """Returns the tool's interpreter, and makes its environment if necessary; see `environment`."""
         if self.requirements is None:
             return Path(sys.executable)
         return environment(environments, self.requirements, self.borrow)
+
+    def backend(self, environments: Path) -> Backend:
+        """Returns the backend that runs the tool's models; makes its environment if necessary."""
+        if self.session_requirements is None:
+            python = self.python(environments)
+        else:
+            python = environment(environments, self.session_requirements, borrow=True)
+        return Backend(f"{self.module}:{self.session}", (), str(python))
 
     def build(self, python: Path, sources: Sources, scratch: Path) -> dict[str, Path]:
         """Builds the tool's models.
@@ -93,17 +101,16 @@ def build_all(
         say(engine.name)
         try:
             python = engine.python(environments)
+            if engine.session:
+                backends[engine.runtime] = engine.backend(environments)
             models |= engine.build(python, sources, scratch)
         except BenchError as error:
             models |= dict.fromkeys(engine.models, error)
-            continue
-        if engine.session:
-            backends[engine.runtime] = engine.backend(python)
     return models, backends
 
 
-def _engine(name: str, models: tuple[str, ...], session: str = "", borrow: bool = True) -> Engine:
-    return Engine(name, models, session, borrow, FOLDER / "requirements" / f"{name}.txt")
+def _engine(name: str, models: tuple[str, ...], session: str = "", **options: Any) -> Engine:
+    return Engine(name, models, session, requirements=REQUIREMENTS / f"{name}.txt", **options)
 
 
 ENGINES = {
@@ -112,10 +119,14 @@ ENGINES = {
         Engine("optimum-cli", ("optimum-cli-int8", "optimum-cli-int8-per-channel")),
         # The packages of Neural Compressor are too old for the other packages of the running environment.
         _engine("neural-compressor", ("neural-compressor-dynamic", "neural-compressor-static"), borrow=False),
+        _engine("olive", ("olive-int8",)),
         _engine("openvino", ("openvino-fp32", "openvino-int8"), "OpenVinoSession"),
         _engine("ctranslate2", ("ctranslate2-int8",), "CTranslate2Session"),
         _engine("ncnn", ("ncnn-fp32", "ncnn-int8"), "NcnnSession"),
-        _engine("litert", ("litert-int8",), "LiteRtSession"),
+        # The converter needs a release of typing_extensions that is too old for the toolchain.
+        _engine("litert", ("litert-int8",), "LiteRtSession", session_requirements=REQUIREMENTS / "litert-session.txt"),
         _engine("executorch", ("executorch-8da8w",), "ExecuTorchSession"),
+        _engine("llama-cpp", ("llama-cpp-q8",), "LlamaCppSession"),
+        _engine("static-embeddings", ("static-embeddings",), "StaticSession"),
     )
 }
