@@ -13,7 +13,8 @@ from engines.session import EngineSession
 from engines.sources import Sources, new_folder, run
 
 FILE = "model.pte"
-MOST_SENTENCES, MOST_TOKENS = 64, 512  # upper limits of the exported dimensions
+# Upper limits of the exported dimensions. ExecuTorch reserves its memory for the largest batch.
+MOST_SENTENCES, MOST_TOKENS = 32, 128
 
 
 class ExecuTorchSession(EngineSession):
