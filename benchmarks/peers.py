@@ -279,7 +279,7 @@ def main(
         result = measure_all([*cells, *others], root, full, progress, backends={**BACKENDS, **backends})
     result.write(STUDIES / f"{save_as or f'peers-{shape}'}.json")
     measured = [row.variant for row in result.rows if row.status == "ok"]
-    print_table(compare([result], next(f"{name}@cpu" for name in BASELINES if name in measured)))
+    print_table(compare([result], next((f"{name}@cpu" for name in BASELINES if name in measured), "torch-fp32@cpu")))
     for line in summary(result):
         click.echo(line)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from toolchain.errors import BenchError
 
 INSTALL_S = 2400  # seconds that an installation may take; llama.cpp is compiled from source
-TAIL = 600  # number of characters that an error quotes from the end of a command's output
+LINES, CHARACTERS = 3, 400  # how much an error quotes from the end of a command's output, at most
 MARK = "installed"  # a file with this name marks an environment whose installation is complete
 
 
@@ -37,35 +38,34 @@ def environment(parent: Path, requirements: Path, borrow: bool) -> Path:
     if (folder / MARK).is_file():
         return python
     shutil.rmtree(folder, ignore_errors=True)
-    call([sys.executable, "-m", "venv", "--without-pip", folder], INSTALL_S)
+    work = f"The installation of {requirements.stem}"
+    call(work, [sys.executable, "-m", "venv", "--without-pip", folder], INSTALL_S)
     if borrow:
         # `addsitedir` also reads the .pth files of the running environment, one of which may lead to the toolchain.
         own_site = next(folder.glob("lib/python*/site-packages"))
         (own_site / "running_environment.pth").write_text(f"import site; site.addsitedir({site!r})\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
-    call([*pip, "install", "-q", "-r", requirements], INSTALL_S)
+    call(work, [*pip, "install", "-q", "-r", requirements], INSTALL_S)
     (folder / MARK).touch()
     return python
 
 
-def call(command: list[str | Path], limit_s: float, folder: Path | None = None, **variables: str) -> None:
+def call(work: str, command: list[str | Path], limit_s: float, folder: Path | None = None) -> None:
     """Runs a command, and kills it with its child processes when the time limit is over.
 
     Args:
+        work: What the command does, the subject of an error.
         command: The command.
         limit_s: The time limit in seconds.
         folder: Working folder of the command; None for the current folder.
-        variables: Additional environment variables.
 
     Raises:
         BenchError: The command fails, does not end in time, or cannot be started.
     """
-    words = list(map(str, command))
     try:
         process = subprocess.Popen(
-            words,
+            list(map(str, command)),
             cwd=folder,
-            env={**os.environ, **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -74,16 +74,17 @@ def call(command: list[str | Path], limit_s: float, folder: Path | None = None, 
             start_new_session=True,
         )
     except OSError as error:
-        raise BenchError(f"`{words[0]}` cannot be started: {error}.") from error
+        raise BenchError(f"{work} cannot be started: {error}.") from error
     try:
         output, _ = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        raise BenchError(f"`{' '.join(words)}` did not end within {limit_s:.0f} s.") from None
+        raise BenchError(f"{work} did not end within {limit_s:.0f} s.") from None
     finally:
-        if process.poll() is None:
+        # After a normal end, the group of processes is empty.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        process.communicate()
     if process.returncode:
-        raise BenchError(
-            f"`{' '.join(words)}` ended with exit code {process.returncode}: {' '.join(output.split())[-TAIL:]}"
-        )
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        last = " ".join(lines[-LINES:])[-CHARACTERS:]
+        raise BenchError(f"{work} ended with exit code {process.returncode}: {last}")

@@ -80,7 +80,8 @@ class Engine:
         out.mkdir()
         sources.write(scratch / f"{self.name}.json")
         # Some tools write logs to the working folder.
-        call([python, "-P", "-m", self.module, scratch / f"{self.name}.json", out], BUILD_S, scratch)
+        command = [python, "-P", "-m", self.module, scratch / f"{self.name}.json", out]
+        call(f"The script of {self.name}", command, BUILD_S, scratch)
         missing = [model for model in self.models if not (out / model).is_dir()]
         if missing:
             raise BenchError(f"{self.name} did not write {', '.join(missing)}.")

@@ -109,7 +109,8 @@ def test_a_tool_that_fails_is_left_out_with_its_reason_and_the_others_are_measur
         "working-int8": "ok",
     }
     assert "no_such_package" in rows["uninstallable-int8"].reason
-    assert "exit code 1: The operator Gelu is unknown." in rows["failing-int8"].reason
+    expected = "The script of failing ended with exit code 1: The operator Gelu is unknown."
+    assert rows["failing-int8"].reason == expected
     assert rows["silent-int8"].reason == "silent did not write silent-int8."
     assert rows["working-int8"].score.value == 1
     prefix = Path(rows["working-int8"].facts["session"]["prefix"])
@@ -139,12 +140,12 @@ def test_a_command_that_takes_too_long_is_killed_with_its_child(tmp_path):
     child = f"import pathlib, time; pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(60)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     started = time.monotonic()
-    with pytest.raises(BenchError, match="did not end within 1 s"):
-        environments.call([sys.executable, "-c", code], 1)
+    with pytest.raises(BenchError, match="The build did not end within 1 s"):
+        environments.call("The build", [sys.executable, "-c", code], 1)
     # `call` reads the output to its end, so a living child would keep it waiting.
     assert time.monotonic() - started < 30
     with pytest.raises(BenchError, match="cannot be started"):
-        environments.call([tmp_path / "no_such_program"], 1)
+        environments.call("The build", [tmp_path / "no_such_program"], 1)
 
 
 @pytest.mark.parametrize("engine", table.ENGINES.values(), ids=table.ENGINES)
