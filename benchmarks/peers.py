@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -136,6 +137,7 @@ def write_sources(root: Artifact, std: Artifact, scratch: Path) -> Sources:
         graph=str(std.onnx_path.resolve()),
         calibration=str(scratch / "calibration.json"),
         training=str(scratch / "training.json"),
+        optimum_cli=str(Path(sys.executable).with_name("optimum-cli")),
     )
     Path(sources.calibration).write_text(json.dumps(encoder.encode(calibration.texts)))
     content = {"ids": encoder.encode(training.texts), "labels": training.labels}

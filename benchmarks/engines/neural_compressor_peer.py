@@ -1,5 +1,6 @@
-"""Neural Compressor: a dynamic and a static int8 model from `onnx-std`, which the toolchain's ONNX Runtime runs.
+"""Neural Compressor: a dynamic and a static int8 model, which the toolchain's ONNX Runtime runs.
 
+Neural Compressor quantises the graph that optimum-cli exports, because its ONNX release does not accept `onnx-std`.
 By default, Neural Compressor treats the model as a transformer and fuses operators before it quantises them. For static
 quantisation, the script uses SmoothQuant and keeps the outputs of matrix products in fp32, as in Neural Compressor's
 DistilBERT example. Without SmoothQuant and fp32 outputs of matrix products, static quantisation loses several points of
@@ -50,10 +51,11 @@ def build(sources: Sources, out: Path) -> None:
     from neural_compressor import PostTrainingQuantConfig, quantization
 
     rows = sources.read_calibration()
+    graph = str(sources.export_with_optimum(out / "exported"))
     for approach in ("dynamic", "static"):
         recipes = RECIPES if approach == "static" else {}
         config = PostTrainingQuantConfig(approach=approach, recipes=recipes, calibration_sampling_size=[len(rows)])
-        quantized = quantization.fit(sources.graph, config, calib_dataloader=Sentences(rows))
+        quantized = quantization.fit(graph, config, calib_dataloader=Sentences(rows))
         if quantized is None:
             sys.exit(f"Neural Compressor could not quantise the graph ({approach}).")
         quantized.save(str(new_folder(out, f"neural-compressor-{approach}") / "model.onnx"))

@@ -6,7 +6,6 @@ The toolchain's ONNX Runtime runs the models. optimum-cli first exports an fp32 
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 from engines.sources import Sources, run
@@ -14,14 +13,9 @@ from engines.sources import Sources, run
 
 def build(sources: Sources, out: Path) -> None:
     """Exports the checkpoint and writes both int8 models."""
-    cli = Path(sys.executable).with_name("optimum-cli")
-    if not cli.is_file():
-        sys.exit(f"{cli} does not exist. `make install SET=optimum` installs optimum-cli.")
-    exported = out / "exported"
-    export = [cli, "export", "onnx", "--model", sources.checkpoint, "--task", "text-classification", exported]
-    subprocess.run(export, check=True)
+    exported = sources.export_with_optimum(out / "exported").parent
     for name, options in (("optimum-cli-int8", []), ("optimum-cli-int8-per-channel", ["--per_channel"])):
-        quantize = [cli, "onnxruntime", "quantize", "--onnx_model", exported, "--avx512_vnni", *options]
+        quantize = [sources.optimum_cli, "onnxruntime", "quantize", "--onnx_model", exported, "--avx512_vnni", *options]
         subprocess.run([*quantize, "-o", out / name], check=True)
         (out / name / "model_quantized.onnx").rename(out / name / "model.onnx")
 

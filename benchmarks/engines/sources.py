@@ -6,6 +6,7 @@ This module imports nothing but the standard library, because an environment may
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,12 +24,14 @@ class Sources:
         calibration: JSON file with the token ids of the sentences for calibration.
         training: JSON file with the keys ``ids`` and ``labels``: the token ids and the label of each training row that
             the toolchain does not hold out.
+        optimum_cli: Path of optimum-cli in the running environment; the file need not exist.
     """
 
     checkpoint: str
     graph: str
     calibration: str
     training: str
+    optimum_cli: str
 
     def write(self, path: Path) -> None:
         """Writes the paths to a JSON file."""
@@ -43,6 +46,14 @@ class Sources:
         """Returns the token ids and the labels of the training rows."""
         content = json.loads(Path(self.training).read_text())
         return content["ids"], content["labels"]
+
+    def export_with_optimum(self, folder: Path) -> Path:
+        """Exports the checkpoint to `folder` with optimum-cli, and returns the path of the fp32 graph."""
+        if not Path(self.optimum_cli).is_file():
+            sys.exit("The running environment has no optimum-cli. `make install SET=optimum` installs optimum-cli.")
+        options = ["--model", self.checkpoint, "--task", "text-classification"]
+        subprocess.run([self.optimum_cli, "export", "onnx", *options, folder], check=True)
+        return folder / "model.onnx"
 
     def load_model(self, attention: str = "eager") -> Any:
         """Returns the checkpoint's PyTorch model, with this implementation of attention."""

@@ -93,7 +93,7 @@ def test_a_tool_that_fails_is_left_out_with_its_reason_and_the_others_are_measur
     ]
     monkeypatch.setattr(peers, "ENGINES", {engine.name: engine for engine in engines})
     names = [engine.name for engine in engines]
-    paths = sources.Sources("checkpoint", "graph", "calibration", "training")
+    paths = sources.Sources("checkpoint", "graph", "calibration", "training", "optimum-cli")
     cells, backends = peers.peer_cells("fake", names, paths, parent, tmp_path / "environments", scratch)
     encoder = Encoder.open(inputs.SST2.parent / "model", ("input_ids", "attention_mask"), 512)
     labels = [int(sum(ids) % 2 == 0) for ids in encoder.encode(TEXTS)]
