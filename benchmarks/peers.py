@@ -1,19 +1,21 @@
 """Measures `onnx-int8` and the models that other tools build from the same checkpoint, interleaved in one run.
 
-    python benchmarks/peers.py [--shape reference|base] [--exported exported] [--variant NAME ...] [--full]
-                               [--save-as NAME]
+    python benchmarks/peers.py [--shape reference|base] [--exported exported] [--variant NAME ...] [--peer NAME ...]
+                               [--environments FOLDER] [--full] [--save-as NAME]
 
-In this file, a peer is a model that a tool other than the toolchain builds or runs. The other tools write their models
-to scratch folders.
+In this file, a peer is a tool other than the toolchain. `engines/table.py` lists the peers, and the module of each peer
+states how it builds and runs its models. Each peer has a Python environment of its own, with the pinned packages in
+`engines/requirements/`. The script makes the environments once and keeps them in a folder, `exported/.cache/peers` by
+default. The peers write their models to scratch folders.
 
-* optimum-cli with `--avx512_vnni` builds two int8 models: one quantised per tensor, one per channel.
-* Neural Compressor builds a dynamic and a static int8 model from the graph that optimum-cli exports.
-* OpenVINO's runtime runs the toolchain's `onnx-std`, and the int8 model that NNCF builds from `onnx-std`.
+The toolchain's ONNX Runtime runs the models of optimum-cli, Neural Compressor and Olive. All other models run in a
+process of the peer's environment, on the same number of threads as the toolchain's variants. One benchmark run measures
+all models. If a peer cannot be installed, or cannot build or run its models, the result file states the reason, and the
+run continues without them.
 
-The toolchain's ONNX Runtime runs the models of optimum-cli and Neural Compressor. One benchmark run measures the models
-of all tools. For `onnx-int8`, `onnx-int8-static` and the variants of `--variant`, the script prints speed-ups over the
-other tools' models, with 95 % bootstrap intervals over rounds. `--shape base` measures a model of DistilBERT-base's
-shape with random weights, for speed only. The script writes the result file to benchmarks/studies/.
+For `onnx-int8`, `onnx-int8-static` and the variants of `--variant`, the script prints speed-ups over the other models,
+with 95 % bootstrap intervals over rounds. `--shape base` measures a model of DistilBERT-base's shape with random
+weights, for speed only. The script writes the result file to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import neural_compressor_peer
-import openvino_peer
+from engines.sources import Sources
+from engines.table import ENGINES, build_all
 
 from toolchain.artifacts import store
 from toolchain.artifacts.names import VariantName
@@ -48,16 +49,26 @@ from toolchain.cli.progress import bar, say
 from toolchain.compare.report.table import print_table
 from toolchain.compare.rows import compare
 from toolchain.data import encoding, inputs
+from toolchain.errors import BenchError, ToolchainError
 from toolchain.models import checkpoints
 from toolchain.results import statistics
 from toolchain.results.measurements import Measurement, Samples
 from toolchain.results.result_file import ResultFile
 from toolchain.system import hardware
 
-OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-int8-static")
-PEER = "optimum-cli-int8"
-# Variants named `torch-…` run on PyTorch, and those named `openvino-…` on OpenVINO; all others run on ONNX Runtime.
-RUNTIMES = {"torch": "torch", "openvino": "openvino"}
+OURS = (
+    "torch-fp32",
+    "torch-bf16",
+    "torch-compile",
+    "torch-compile-bf16",
+    "torch-int8",
+    "torchao-int8",
+    "onnx-fp32",
+    "onnx-int8",
+    "onnx-int8-static",
+)
+PARENTS = ("torch-fp32", "onnx-std")  # the peers build their models from these variants
+BASELINES = ("optimum-cli-int8", "torch-fp32")  # the printed table's baseline is the first of them that was measured
 STUDIES = Path(__file__).parent / "studies"
 CALIBRATION = 300  # number of training sentences for calibration
 
@@ -102,78 +113,69 @@ def measure_all(cells: Sequence[Cell], root: Artifact, full: bool, progress: Pro
     return make_result(rows, run_settings, data, root.manifest.max_length)
 
 
-def build_with_optimum(parent: Artifact, scratch: Path) -> dict[str, Artifact]:
-    """Returns int8 models that optimum-cli builds from the checkpoint in `parent`, as artifacts for the benchmark.
-
-    optimum-cli first exports an fp32 graph, which stays in ``scratch/exported``.
-    """
-    cli = Path(sys.executable).with_name("optimum-cli")
-    exported = scratch / "exported"
-    _run(cli, "export", "onnx", "--model", parent.path, "--task", "text-classification", exported)
-    artifacts = {}
-    for name, options in ((PEER, []), (f"{PEER}-per-channel", ["--per_channel"])):
-        quantized = scratch / name
-        _run(cli, "onnxruntime", "quantize", "--onnx_model", exported, "--avx512_vnni", *options, "-o", quantized)
-        (quantized / "model_quantized.onnx").rename(quantized / "model.onnx")
-        artifacts[name] = make_artifact(parent, name, quantized, "optimum-cli")
-    return artifacts
+def own_cells(workspace: Workspace, names: Sequence[str]) -> list[Cell]:
+    """Returns the cells of the toolchain's variants; a variant that cannot be built has the error in its cell."""
+    cells = []
+    for name in names:
+        runtime = VariantName(name).parts.runtime
+        try:
+            artifact = ensure(workspace, (name,), {}, say)[name]
+            cells.append(Cell(workspace.model, name, runtime, "cpu", artifact))
+        except ToolchainError as error:
+            cells.append(Cell(workspace.model, name, runtime, "cpu", None, "unavailable", error.cause, error.hint))
+    return cells
 
 
-def build_with_neural_compressor(std: Artifact, scratch: Path, tokens: Path) -> dict[str, Artifact]:
-    """Returns int8 models by Neural Compressor; builds them from the graph that `build_with_optimum` exported.
-
-    Args:
-        std: Artifact whose config and tokenizer are copied beside each int8 model.
-        scratch: Scratch folder.
-        tokens: File with the tokens of the calibration sentences.
-    """
-    python = environment(scratch / "neural-compressor", neural_compressor_peer.PACKAGES)
-    artifacts = {}
-    for approach in ("dynamic", "static"):
-        folder = scratch / f"neural-compressor-{approach}"
-        folder.mkdir()
-        script = (neural_compressor_peer.__file__, scratch / "exported" / "model.onnx", tokens)
-        # Neural Compressor writes a log to its working folder, so it runs in the scratch folder.
-        _run(python, *script, folder / "model.onnx", approach, folder=scratch)
-        store.copy_companions(std, folder)
-        artifacts[folder.name] = make_artifact(std, folder.name, folder, "Neural Compressor")
-    return artifacts
+def write_sources(root: Artifact, std: Artifact, scratch: Path) -> Sources:
+    """Writes the token ids of training sentences to `scratch`, and returns what the peers build their models from."""
+    train, encoder = inputs.load_embedded("train"), encoder_of(root)
+    rows, _ = inputs.hold_out(train)
+    training = train.select(rows)
+    calibration = train.select(inputs.sentence_rows(train, rows, CALIBRATION))
+    sources = Sources(
+        checkpoint=str(root.path.resolve()),
+        graph=str(std.onnx_path.resolve()),
+        calibration=str(scratch / "calibration.json"),
+        training=str(scratch / "training.json"),
+        optimum_cli=str(Path(sys.executable).with_name("optimum-cli")),
+    )
+    Path(sources.calibration).write_text(json.dumps(encoder.encode(calibration.texts)))
+    content = {"ids": encoder.encode(training.texts), "labels": training.labels}
+    Path(sources.training).write_text(json.dumps(content))
+    return sources
 
 
-def build_with_openvino(std: Artifact, scratch: Path, tokens: Path) -> dict[str, Artifact]:
-    """Returns two OpenVINO models: the exported fp32 graph, and the same graph quantised to int8 by NNCF.
+def peer_cells(
+    model: str, names: Sequence[str], sources: Sources, parent: Artifact, environments: Path, scratch: Path
+) -> tuple[list[Cell], dict[str, Backend]]:
+    """Builds the models of the named peers; a model that a peer cannot build has the reason in its cell.
 
     Args:
-        std: Artifact with the exported graph.
-        scratch: Scratch folder.
-        tokens: File with the tokens of the calibration sentences.
+        model: Name of the model that the result file states.
+        names: Names of the peers.
+        sources: What the peers build their models from.
+        parent: Artifact whose config and tokenizer count as part of each model's size.
+        environments: Folder of the peers' environments.
+        scratch: Folder for the peers' models.
+
+    Returns:
+        A cell for each model, and the backends of the peers that do not run on ONNX Runtime.
     """
-    python = environment(scratch / "openvino", openvino_peer.PACKAGES)
-    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    os.environ[openvino_peer.SITE] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    plain, quantized = scratch / "openvino-fp32", scratch / "openvino-int8"
-    for folder in (plain, quantized):
-        folder.mkdir()
-        store.copy_companions(std, folder)
-    shutil.copyfile(std.onnx_path, plain / "model.onnx")
-    _run(python, openvino_peer.__file__, std.onnx_path, tokens, quantized / "model.xml")
-    return {folder.name: make_artifact(std, folder.name, folder, "OpenVINO") for folder in (plain, quantized)}
-
-
-def environment(folder: Path, packages: Sequence[str]) -> Path:
-    """Creates a Python environment with `packages` and returns the path of its interpreter."""
-    _run(sys.executable, "-m", "venv", folder)
-    python = folder / "bin" / "python"
-    _run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages)
-    return python
-
-
-def _run(*command: str | Path, folder: Path | None = None) -> None:
-    process = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False)
-    if process.returncode:
-        raise click.ClickException(
-            f"{' '.join(map(str, command))} ended with exit code {process.returncode}:\n{process.stderr[-2000:]}"
-        )
+    engines = [ENGINES[name] for name in names]
+    models, backends = build_all(engines, sources, environments, scratch, say)
+    cells = []
+    for engine in engines:
+        for name in engine.models:
+            folder = models[name]
+            if isinstance(folder, BenchError):
+                say(f"{name} is left out: {folder}")
+                cell = Cell(model, name, engine.runtime, "cpu", None, "unavailable", folder.cause, folder.hint)
+            else:
+                store.copy_companions(parent, folder)
+                artifact = make_artifact(parent, name, folder, engine.name)
+                cell = Cell(model, name, engine.runtime, "cpu", artifact)
+            cells.append(cell)
+    return cells, backends
 
 
 def make_artifact(parent: Artifact, name: str, folder: Path, maker: str) -> Artifact:
@@ -237,35 +239,49 @@ def comparison_lines(result: ResultFile, name: str) -> list[str]:
 @click.option("--shape", type=click.Choice(["reference", "base"]), default="reference", show_default=True)
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
 @click.option("--variant", "variants", multiple=True, help="Add this variant to the measurement. Can be repeated.")
+@click.option(
+    "--peer", "peers", multiple=True, type=click.Choice(list(ENGINES)), help="Measure only this peer. Can be repeated."
+)
+@click.option(
+    "--environments",
+    type=click.Path(path_type=Path),
+    help="Folder that keeps the peers' environments.  [default: EXPORTED/.cache/peers]",
+)
 @click.option("--full", is_flag=True, help="Measure each cell for about 60 s instead of 20 s.")
 @click.option("--save-as", help="[default: peers-SHAPE]")
-def main(shape: str, exported: Path, variants: tuple[str, ...], full: bool, save_as: str | None) -> None:
-    """Builds the other tools' models, measures all cells, saves the result file and prints the speed-ups."""
+def main(
+    shape: str,
+    exported: Path,
+    variants: tuple[str, ...],
+    peers: tuple[str, ...],
+    environments: Path | None,
+    full: bool,
+    save_as: str | None,
+) -> None:
+    """Builds the peers' models, measures all cells, saves the result file and prints the speed-ups."""
     with tempfile.TemporaryDirectory() as folder, bar("peers") as progress:
         scratch = Path(folder)
         workspace = open_shape(shape, exported, scratch)
-        names = (*OURS, *variants)
-        artifacts = ensure(workspace, names, {}, say)
-        root, std = artifacts["torch-fp32"], artifacts["onnx-std"]
-        train = inputs.load_embedded("train")
-        row_indices = inputs.sentence_rows(train, inputs.hold_out(train)[0], CALIBRATION)
-        tokens = scratch / "tokens.json"
-        tokens.write_text(json.dumps(encoder_of(root).encode([train.texts[row] for row in row_indices])))
-        peers = (
-            build_with_optimum(root, scratch)
-            | build_with_neural_compressor(std, scratch, tokens)
-            | build_with_openvino(std, scratch, tokens)
+        # Workers and the peers' scripts import modules from the folder `engines`.
+        paths = [str(STUDIES.parent.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        root, std = map(ensure(workspace, PARENTS, {}, say).get, PARENTS)
+        assert root is not None
+        assert std is not None
+        sources = write_sources(root, std, scratch)
+        cells = [cell.with_own_encoder(root.manifest) for cell in own_cells(workspace, (*OURS, *variants))]
+        others, backends = peer_cells(
+            workspace.model,
+            peers or tuple(ENGINES),
+            sources,
+            std,
+            environments or exported / ".cache" / "peers",
+            scratch,
         )
-        cells = [
-            Cell(workspace.model, name, RUNTIMES.get(name.split("-")[0], "onnx"), "cpu", artifact)
-            for name, artifact in {**{name: artifacts[name] for name in names}, **peers}.items()
-        ]
-        cells = [cell.with_own_encoder(root.manifest) if cell.variant in variants else cell for cell in cells]
-        backends = {**BACKENDS, "openvino": Backend("openvino_peer:OpenVinoSession", ())}
-        os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # worker processes import `openvino_peer`
-        result = measure_all(cells, root, full, progress, backends=backends)
+        result = measure_all([*cells, *others], root, full, progress, backends={**BACKENDS, **backends})
     result.write(STUDIES / f"{save_as or f'peers-{shape}'}.json")
-    print_table(compare([result], f"{PEER}@cpu"))
+    measured = [row.variant for row in result.rows if row.status == "ok"]
+    print_table(compare([result], next((f"{name}@cpu" for name in BASELINES if name in measured), "torch-fp32@cpu")))
     for line in summary(result):
         click.echo(line)
 

@@ -27,10 +27,14 @@ class Backend:
         session: Path of the class as ``module:class``.
         imports: Modules that a benchmark imports before it opens the session, to measure the memory of the modules and
             of the session separately.
+        python: Path of the interpreter that runs the session in a benchmark; None for the interpreter of the toolchain.
+            A runtime whose packages do not fit those of the toolchain can have an environment of its own, which must
+            also be able to import the toolchain.
     """
 
     session: str
     imports: tuple[str, ...]
+    python: str | None = None
 
 
 _TORCH = ("torch", "transformers.models.auto.modeling_auto")

@@ -24,12 +24,21 @@ class Worker(Child):
         encoder: The `Encoder` of the cell.
         text: The text that `load` classifies.
         imports: Modules that the child imports before it loads the session.
+        python: Path of the child's interpreter, which must be able to import the toolchain; None for the interpreter of
+            this process.
     """
 
     def __init__(
-        self, session: str, folder: Path, place: Place, encoder: Encoder, text: Text, imports: Sequence[str] = ()
+        self,
+        session: str,
+        folder: Path,
+        place: Place,
+        encoder: Encoder,
+        text: Text,
+        imports: Sequence[str] = (),
+        python: str | None = None,
     ) -> None:
-        super().__init__("toolchain.bench.worker", environment(place.threads))
+        super().__init__("toolchain.bench.worker", environment(place.threads), python)
         tokenizer = {"folder": str(encoder.folder), "names": encoder.names, "max_length": encoder.max_length}
         self._load_message = {
             "session": session,

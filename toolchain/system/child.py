@@ -28,7 +28,8 @@ _TAIL = 400  # number of characters that an error quotes from the end of the chi
 class Child(abc.ABC):
     """A new child process that runs a module, which must call `toolchain.system.serving.serve`.
 
-    The code that creates a child must call `close`.
+    The code that creates a child must call `close`. The argument `python` is the path of the child's interpreter; by
+    default, the child runs in the interpreter of this process.
 
     Attributes:
         end_s: Seconds that the child may take to end after an interrupt; 0 kills the child at once. If `end_s` is
@@ -37,13 +38,13 @@ class Child(abc.ABC):
 
     end_s = 0.0
 
-    def __init__(self, module: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, module: str, variables: Mapping[str, str], python: str | None = None) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - lives as long as the child
         self._replies: queue.Queue[tuple[str, float] | None] = queue.Queue()
         self._started_at = time.perf_counter()
         # With -P, Python does not search the working directory for modules, so no file there can replace a library.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module],
+            [python or sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
