@@ -15,7 +15,8 @@ run continues without them.
 
 For `onnx-int8`, `onnx-int8-static` and the variants of `--variant`, the script prints speed-ups over the other models,
 with 95 % bootstrap intervals over rounds. `--shape base` measures a model of DistilBERT-base's shape with random
-weights, for speed only. The script writes the result file to benchmarks/studies/.
+weights, for speed only, also with an exit that half of the sentences use (`half_exits.py`). The script writes the
+result file to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import half_exits
 from engines.sources import Sources
 from engines.table import ENGINES, build_all
 
@@ -124,6 +126,16 @@ def own_cells(workspace: Workspace, names: Sequence[str]) -> list[Cell]:
         except ToolchainError as error:
             cells.append(Cell(workspace.model, name, runtime, "cpu", None, "unavailable", error.cause, error.hint))
     return cells
+
+
+def half_exit_cell(cells: Sequence[Cell], root: Artifact, scratch: Path) -> Cell:
+    """Returns the cell of `onnx-int8` with an exit that half of the sentences use; `cells` holds `onnx-int8`."""
+    cell = next(cell for cell in cells if cell.variant == "onnx-int8")
+    folder = scratch / half_exits.NAME
+    folder.mkdir()
+    assert cell.artifact is not None
+    artifact = half_exits.add_half_exit(cell.artifact, encoder_of(root), folder)
+    return replace(cell, variant=VariantName(half_exits.NAME), artifact=artifact)
 
 
 def write_sources(root: Artifact, std: Artifact, scratch: Path) -> Sources:
@@ -270,6 +282,8 @@ def main(
         assert std is not None
         sources = write_sources(root, std, scratch)
         cells = [cell.with_own_encoder(root.manifest) for cell in own_cells(workspace, (*OURS, *variants))]
+        if shape == "base":
+            cells.append(half_exit_cell(cells, root, scratch))
         others, backends = peer_cells(
             workspace.model,
             peers or tuple(ENGINES),
