@@ -213,6 +213,14 @@ def require_samples(row: Measurement) -> tuple[Samples, Samples]:
     return row.latency, row.batches
 
 
+def mcnemar(ours: Measurement, other: Measurement, result: ResultFile) -> str:
+    """Returns the p-value of McNemar's exact test on the labels that two cells predict for labelled data."""
+    answers = list(zip(ours.predictions, other.predictions, result.data["labels"], strict=True))
+    losses = sum(own != label == peer for own, peer, label in answers)
+    wins = sum(own == label != peer for own, peer, label in answers)
+    return f"{statistics.mcnemar(losses, wins):.2f}"
+
+
 def summary(result: ResultFile) -> list[str]:
     """Returns lines that compare each quantised ONNX variant of the toolchain with the other cells of the run."""
     names = [row.variant for row in result.rows if is_variant(row.variant)]
@@ -239,10 +247,7 @@ def comparison_lines(result: ResultFile, name: str) -> list[str]:
         )
         accuracy = f"accuracy {ours.score.value:.2%} against {row.score.value:.2%}"
         if labels and row.predictions:
-            answers = list(zip(ours.predictions, row.predictions, labels, strict=True))
-            losses = sum(own != label == other for own, other, label in answers)
-            wins = sum(own == label != other for own, other, label in answers)
-            accuracy += f" (p = {statistics.mcnemar(losses, wins):.2f})"
+            accuracy += f" (p = {mcnemar(ours, row, result)})"
         lines.append(f"  over {row.variant:28} batch 1: {latency}   batches of {size}: {throughput}   {accuracy}")
     return lines
 
