@@ -27,6 +27,7 @@ GPU = "needs a GPU and the packages for GPUs"
 RAY = "needs a Ray cluster; tests/distributed/ starts one"
 SAME = "`make ship` builds a bundle for the same target"
 CHAIN = "needs a certificate; tests/ship/test_signing.py makes one"
+PRUNED = "needs a model that trains for minutes; tests/build/test_exits_step.py builds a small one"
 MINUTES = "takes minutes; tests/tuning/ tests the search"
 HUB = "needs the model hub; tests/ship/test_pushing.py uses a stand-in"
 # Maps a command on a page to the reason why no test in this file runs it.
@@ -56,6 +57,8 @@ NOT_RUN = {
     "toolchain ship onnx-int8 --target python --output app-tuned --session session.json --session-for throughput": (
         "needs a session file; tests/ship/test_session_settings.py makes one"
     ),
+    "toolchain quantize --from onnx-pruned73-r4+fast": PRUNED,
+    "toolchain exits --from onnx-pruned73-r4-int8+fast": PRUNED,
     "toolchain tune --session onnx-int8 --output session.json": MINUTES,
     "toolchain tune --max-drop 1.0 --objective latency --budget 20m": MINUTES,
     "toolchain tune --model ./my-checkpoint --train-data train.csv --data validation.csv": MINUTES,
@@ -70,8 +73,10 @@ PLANNED = {
     "toolchain bench --quick --provider cpu --variant torch-fp32 --variant torch-compile --variant onnx-fp32",
     "toolchain bench --quick --provider cpu --variant torch-fp32 --variant onnx-int8",
     "toolchain export --no-pass residual-sum --name plain",
+    "toolchain exits",
     "toolchain prune --ratio 0.5 --recover 1",
     "toolchain prune --ratio 0.65 --layers 4 --cost latency --recover 1 --name fast",
+    "toolchain prune --ratio 0.73 --cost latency --layers 4 --recover 4 --exits --name fast",
     "toolchain quantize --backend torch --scheme int8 --from torch-fp32 --from torch-pruned50",
     "toolchain quantize --embeddings int4 --name small",
     "toolchain quantize --from onnx-pruned50-r1",

@@ -176,11 +176,8 @@ def test_the_comparison_shows_the_highest_rate(measure, tmp_path):
     assert "server p99" not in texts
     note = "Queries/s: the highest rate of random arrivals whose p99 is at most 20 ms, waiting included."
     assert notes(rows).count(note) == 1
-    assert (
-        to_csv(rows)
-        .splitlines()[0]
-        .endswith("server_qps,server_p99_limit_ms,server_p99_ms,server_mean_batch,server_gain")
-    )
+    header = to_csv(rows).splitlines()[0]
+    assert ",server_qps,server_p99_limit_ms,server_p99_ms,server_mean_batch,server_gain," in header
 
 
 def test_at_a_fixed_rate_the_comparison_shows_the_p99(measure):
