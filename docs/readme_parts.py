@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from toolchain.artifacts.fact_summaries import summarize_exits
+from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.variants import is_variant
 from toolchain.cli import cli
 from toolchain.compare.report.columns import columns
 from toolchain.compare.report.markdown import to_markdown
+from toolchain.compare.report.notes import notes
 from toolchain.compare.rows import Row, compare
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
@@ -96,14 +97,13 @@ def _few_rows(path: Path) -> str:
 
 
 def _exits() -> str:
-    """Returns a table of `onnx-int8` and of the variant with exits, above a line that says which share exits where."""
-    result = ResultFile.read(BENCH_SERVER)
-    rows = compare([result], "onnx-int8")
-    early = next(row for row in result.rows if "exits" in row.facts)
-    table = _chosen_cells(
-        rows, ("onnx-int8", early.variant), ("accuracy", "mean", "p95", "throughput", "memory", "size")
-    )
-    return f"{table}\n\n`{early.variant}`: {summarize_exits(early.facts['exits'])}."
+    """Returns a table of the static int8 variants with and without exits, above the exits that the sentences use."""
+    rows = compare([ResultFile.read(STUDIES / "peers-reference.json")], "onnx-int8-static")
+    names = [row.measurement.variant for row in rows if is_variant(row.measurement.variant)]
+    static_names = [name for name in names if VariantName(name).parts.static]
+    columns_shown = ("accuracy", "mean", "p95", "throughput", "exits", "memory", "size")
+    lines = [f"* {note}" for note in notes(rows) if note.split("@")[0] in static_names and ", exits of " in note]
+    return "\n\n".join([_chosen_cells(rows, static_names, columns_shown), "\n".join(lines)])
 
 
 def _chosen_cells(rows: Sequence[Row], variants: Sequence[str], names: Sequence[str]) -> str:

@@ -7,6 +7,8 @@ time of the head counts.
 
 from __future__ import annotations
 
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,49 @@ from engines.sources import Sources, apply_head, head_arrays, new_folder, run
 
 # CTranslate2's config has the same name as the checkpoint's, so it is in a folder of its own.
 ENCODER, HEAD = "encoder", "head.npz"
+EXAMPLE = 25  # number of tokens of the sentence that decides the number of threads
+TRIES = 40
 
 
 class CTranslate2Session(EngineSession):
-    """A `Session` on CTranslate2's `Encoder`, with one batch at a time on all threads."""
+    """A `Session` on CTranslate2's `Encoder`, with one batch at a time.
+
+    With a small model, several threads can be far slower than one, so the session takes the faster number.
+    """
 
     def __init__(self, folder: Path, place: Any) -> None:
         import ctranslate2
         import numpy as np
 
         self._view = ctranslate2.StorageView.from_array
-        self._encoder = ctranslate2.Encoder(
-            str(folder / ENCODER), device="cpu", compute_type="int8", inter_threads=1, intra_threads=place.threads
-        )
+        seconds = {}
+        for threads in {1, place.threads}:
+            self._open(folder, threads)
+            seconds[threads] = self._measure()
+        threads = min(seconds, key=seconds.__getitem__)
+        self._open(folder, threads)
         with np.load(folder / HEAD) as arrays:
             self._head = dict(arrays)
-        self._facts = {"provider": "CTranslate2 CPU", "threads": place.threads, "precision": self._encoder.compute_type}
+        self._facts = {"provider": "CTranslate2 CPU", "threads": threads, "precision": self._encoder.compute_type}
+
+    def _open(self, folder: Path, threads: int) -> None:
+        import ctranslate2
+
+        self._encoder = ctranslate2.Encoder(
+            str(folder / ENCODER), device="cpu", compute_type="int8", inter_threads=1, intra_threads=threads
+        )
+
+    def _measure(self) -> float:
+        """Returns the median seconds of a sentence."""
+        import numpy as np
+
+        ids, lengths = np.full((1, EXAMPLE), 100, np.int32), np.array([EXAMPLE], np.int32)
+        seconds = []
+        for _ in range(TRIES):
+            start = time.perf_counter()
+            np.array(self._encoder.forward_batch(self._view(ids), self._view(lengths)).last_hidden_state)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
 
     def run(self, batch: dict[str, Any]) -> Any:
         """See `Session.run`."""
