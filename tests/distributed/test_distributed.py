@@ -364,7 +364,8 @@ def test_an_interrupt_ends_the_cluster(tiny, tmp_path):
     assert "Interrupted" in command.communicate(timeout=60)[1]
     assert command.returncode == 130
     assert ray_processes
-    assert not psutil.wait_procs(ray_processes, timeout=10)[1]
+    # Ray's agents notice the end of their node only after some seconds, and later on a busy machine.
+    assert not psutil.wait_procs(ray_processes, timeout=60)[1]
     assert (publishing.work_folder(tmp_path / "out.csv") / "parts").is_dir()
 
 
