@@ -38,14 +38,13 @@ def add_half_exit(parent: Artifact, encoder: encoding.Encoder, folder: Path) -> 
     means = heads.observe(parent, rows, encoder, 1, lambda *_: None).means[layer]
     rng = np.random.default_rng(1)
     sizes = (means.shape[1], heads.UNITS, len(parent.manifest.labels))
-    weights = [rng.normal(size=shape).astype(np.float32) for shape in itertools.pairwise(sizes)]
-    biases = [np.zeros(size, np.float32) for size in sizes[1:]]
-    logits = heads.Network((weights[0], weights[1]), (biases[0], biases[1])).run(means)
-    # A smaller divisor of the logits keeps the median of the confidences away from 0.5 and 1.
-    weights[1] /= np.float32(np.median(np.abs(logits[:, 0] - logits[:, 1])))
-    logits = heads.Network((weights[0], weights[1]), (biases[0], biases[1])).run(means)
-    confidence = float(np.median(choice.confidences(logits, parent.label_set.task)))
-    head = ExitHead(layer, (weights[0], weights[1]), (biases[0], biases[1]), confidence)
+    first, last = (rng.normal(size=shape).astype(np.float32) for shape in itertools.pairwise(sizes))
+    network = heads.Network((first, last), (np.zeros(sizes[1], np.float32), np.zeros(sizes[2], np.float32)))
+    logits = network.run(means)
+    # Without this divisor, most confidences would be 1, and no threshold would divide the sentences in halves.
+    network = network.divide_logits(float(np.median(np.abs(logits[:, 0] - logits[:, 1]))))
+    confidence = float(np.median(choice.confidences(network.run(means), parent.label_set.task)))
+    head = ExitHead(layer, network.weights, network.biases, confidence)
     graph, _ = rewrite(graph, ["exits"], replace(context_of(parent.path), exits=(head,)))
     write(graph, folder / parent.onnx_path.name)
     store.copy_companions(parent, folder)

@@ -17,8 +17,8 @@ from engines.sources import Sources, apply_head, head_arrays, new_folder, run
 
 # CTranslate2's config has the same name as the checkpoint's, so it is in a folder of its own.
 ENCODER, HEAD = "encoder", "head.npz"
-EXAMPLE = 25  # number of tokens of the sentence that decides the number of threads
-TRIES = 40
+EXAMPLE_TOKENS = 25  # length of the sentence whose time decides between one thread and several threads
+TRIES = 40  # number of times that the session computes this sentence
 
 
 class CTranslate2Session(EngineSession):
@@ -53,7 +53,7 @@ class CTranslate2Session(EngineSession):
         """Returns the median seconds of a sentence."""
         import numpy as np
 
-        ids, lengths = np.full((1, EXAMPLE), 100, np.int32), np.array([EXAMPLE], np.int32)
+        ids, lengths = np.full((1, EXAMPLE_TOKENS), 100, np.int32), np.array([EXAMPLE_TOKENS], np.int32)
         seconds = []
         for _ in range(TRIES):
             start = time.perf_counter()

@@ -87,7 +87,7 @@ def test_the_command_builds_a_variant_and_says_who_exits(run, tiny, rows):
     code, out, err = run("--from", "onnx-fp32", "--max-drop", "50", "--layers", "0,1")
     assert code == 0, err
     assert out.split()[-1] == str(tiny.path("onnx-exits"))
-    assert "held-out rows: " in err
+    assert "held-out rows, " in err
     manifest = manifest_of(tiny, "onnx-exits")
     facts = manifest["facts"]["exits"]
     assert facts["layers"] == [0, 1]
@@ -275,7 +275,7 @@ def test_a_variant_with_exits_is_shipped_to_every_target(run, tiny, tmp_path, ta
     facts = manifest_of(tiny, name)["facts"]["exits"]
     assert model["exits"] == {key: facts[key] for key in model["exits"]}
     assert (
-        "texts can skip layers, so its time depends on the text. Exits of 40 held-out rows:"
+        "texts can skip layers, so its time depends on the text. Of 40 held-out rows, "
         in (tmp_path / "b" / "README.md").read_text()
     )
     shipping.verify(tmp_path / "b")

@@ -158,7 +158,7 @@ PREPARED = (
 
 
 def write_rows(path: Path, only_positive: bool = False) -> None:
-    """Writes a CSV with labelled sentences; the label of each is 1 if `only_positive` is true."""
+    """Writes labelled sentences to a CSV file; if `only_positive` is true, every label is 1."""
     data = inputs.load_embedded()
     labels = [1] * ROWS if only_positive else data.labels
     rows = [f'"{text}",{label}' for text, label in zip(data.texts[:ROWS], labels, strict=False)]

@@ -619,6 +619,15 @@ def test_a_search_continues_after_a_kill_at_any_moment(tmp_path):
             assert study.given_up == {other}
 
 
+def test_an_outcome_with_exits_is_read_back(tmp_path):
+    outcome = Outcome("v-exits", "id", 0.9, 2.0, 2.0, 1000, without_exits=Outcome("v", "id", 0.5, 1.5, 1.5, 1000))
+    with open_latency_study(tmp_path / "study") as study:
+        trial, candidate = study.ask(baseline_candidate("latency"))
+        study.tell(trial, candidate, outcome)
+    with open_latency_study(tmp_path / "study") as study:
+        assert study.outcomes == {candidate: outcome}
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

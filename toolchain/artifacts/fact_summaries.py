@@ -36,16 +36,16 @@ def summarize_exits(facts: Mapping[str, Any]) -> str:
     """Returns a one-line summary of the fact ``exits``."""
     shares = describe_exit_shares(facts, facts["shares"])
     return (
-        f"Exits of {facts['held_out_rows']} held-out rows: {shares}. The confidence threshold is "
-        f"{facts['confidence']:g}. The accuracy drop on these rows is {facts['drop']:.2f} points, and the expected "
+        f"Of {facts['held_out_rows']} held-out rows, {shares}. A text exits if its confidence is at least "
+        f"{facts['confidence']:g}. On these rows, the accuracy drop is {facts['drop']:.2f} points, and the expected "
         f"work is {facts['work']:.0%} of the work without exits"
     )
 
 
 def describe_exit_shares(facts: Mapping[str, Any], shares: Sequence[float]) -> str:
-    """Returns the share of texts at each exit as text; `facts` is the fact ``exits``."""
+    """Returns which share of the texts exits after which layer, as text; `facts` is the fact ``exits``."""
     places = [f"after layer {layer}" if layer else "after the embeddings" for layer in facts["layers"]]
-    return ", ".join(f"{share:.0%} {place}" for share, place in zip(shares, places, strict=True))
+    return ", ".join(f"{share:.0%} exit {place}" for share, place in zip(shares, places, strict=True))
 
 
 def summarize_vocabulary(facts: Mapping[str, Any]) -> str:

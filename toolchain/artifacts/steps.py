@@ -280,9 +280,9 @@ class Compile:
 class Exits:
     """Adds exits to the ONNX graph of a text classifier.
 
-    An exit is a small network (a head) after a layer, which predicts the label. If its confidence reaches a threshold,
-    the text skips the later layers. The heads learn the logits of the parent's graph on training rows. The step chooses
-    the threshold on held-out rows.
+    An exit has a small network, its head. The head predicts the label from the hidden states after an early layer. If
+    the probability of the predicted label reaches a threshold, the text skips the later layers. The heads learn the
+    logits of the parent's graph on training rows. The step chooses the threshold on held-out rows.
 
     Attributes:
         layers: Numbers of encoder layers before the exits, ascending; 0 for an exit after the embeddings. None lets the

@@ -128,7 +128,7 @@ class Running:
 
     @property
     def exit_count(self) -> int:
-        """Returns the number of exits whose use the benchmark counts; 0 for a cell without exits."""
+        """Returns the number of exits of the cell's graph; 0 without exits, and on a GPU."""
         facts = self.artifact.manifest.facts.get("exits")
         return len(facts["layers"]) if facts and self.cell.provider == "cpu" else 0
 

@@ -80,9 +80,9 @@ class Work:
         return linear + attention + self.head_parameters
 
     def macs_before_exit(self, layer: int, tokens: int) -> int | None:
-        """Returns the number of multiply-accumulates before an exit, for one sentence; None if it is unknown.
+        """Returns the number of multiply-accumulates that a sentence needs before an exit.
 
-        The network of the exit itself does not count.
+        The function does not count the network of the exit itself. It returns None if the model's layout is unknown.
 
         Args:
             layer: Number of layers with attention before the exit.

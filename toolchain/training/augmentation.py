@@ -1,14 +1,23 @@
-"""Augmented training data: longer texts, joined from two training rows each, with masked tokens."""
+"""Training examples of encoded rows, and longer texts: two training rows joined, with masked tokens."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.system.decoding import decode_object, read_bytes
 from toolchain.training.loop import Examples
+
+
+def encode_rows(data: Data, rows: Sequence[int], encoder: Encoder) -> Examples:
+    """Returns rows of the data with their token ids and labels."""
+    selection = data.select(rows)
+    ids = encoder.encode(selection.texts)
+    return Examples(ids, selection.targets(ids))
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ def loss(
             outputs, teacher_outputs, inputs["attention_mask"], weights.matched, part.task
         )
     if exit_logits:
-        # Exits compare probabilities with a threshold, so their heads learn the teacher's probabilities themselves.
+        # An exit compares a probability with a threshold. So the temperature is 1, and each head learns the teacher's
+        # probabilities unchanged.
         divergences = [_logit_loss(logits, teacher_outputs.logits, 1.0, part.task) for logits in exit_logits]
         total = total + weights.exits * torch.stack(divergences).mean()
     return total

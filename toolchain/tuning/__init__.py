@@ -95,7 +95,7 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> Found:
     # of a variant. The identity of a search contains the baseline, because speed-ups over different baselines are not
     # comparable.
     built_by = ".".join(str(version) for _, version in STEPS.values())
-    identity = (judge.root.id, digest, built_by, judge.baseline.manifest.variant, "exits")
+    identity = (judge.root.id, digest, built_by, judge.baseline.manifest.variant)
     path = workspace.cache / "tune" / f"{workspace.model}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting_text = "another run is tuning this model; waiting for its end"

@@ -17,7 +17,7 @@ from toolchain.errors import DataError, GraphError
 from toolchain.exits import choice, heads
 from toolchain.passes import read
 from toolchain.passes.exits import ExitHead, layer_weights
-from toolchain.training.augmentation import AugmentedExamples
+from toolchain.training.augmentation import AugmentedExamples, encode_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,11 +82,10 @@ def _training_ids(job: Job[Exits], data: Data, rows: list[int], encoder: Encoder
     The graph is certain about nearly all training rows. A head that learns from these rows alone is too confident about
     longer texts.
     """
-    selection = data.select(rows)
-    ids = encoder.encode(selection.texts)
-    pairs = 0 if data.has_pairs else round(job.step.pairs * len(ids))
-    examples = AugmentedExamples(ids, selection.targets(ids), pairs, None, 0.0, job.step.seed, encoder.max_length)
-    return examples.of_epoch(0).ids
+    plain = encode_rows(data, rows, encoder)
+    pairs = 0 if data.has_pairs else round(job.step.pairs * len(rows))
+    augmented = AugmentedExamples(plain.ids, plain.labels, pairs, None, 0.0, job.step.seed, encoder.max_length)
+    return augmented.of_epoch(0).ids
 
 
 def _targets(labels: Sequence[Answer], count: int, task: str) -> np.ndarray:

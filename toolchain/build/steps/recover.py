@@ -10,11 +10,10 @@ from toolchain.artifacts.store import copy_companions
 from toolchain.backends.pytorch import describe, load_model, save_weights
 from toolchain.build.job import Job, StepResult
 from toolchain.data import encoding, inputs
-from toolchain.data.inputs import Data
 from toolchain.errors import ArtifactError
 from toolchain.exits.choice import require_confidences
-from toolchain.training.augmentation import AugmentedExamples, mask_token
-from toolchain.training.loop import Examples, Recipe, train
+from toolchain.training.augmentation import AugmentedExamples, encode_rows, mask_token
+from toolchain.training.loop import Recipe, train
 
 VERSION = 8
 
@@ -42,7 +41,7 @@ def recover(job: Job[Recover]) -> StepResult:
     )
     job.progress(0, 1, "reading the training data")
     train_rows, held_out_rows = inputs.hold_out(data)
-    train_examples = _examples(data, train_rows, encoder)
+    train_examples = encode_rows(data, train_rows, encoder)
     # Besides the training rows, the step trains on pairs of rows: two random training rows joined to one input. The
     # more parameters pruning removed, the more pairs of rows the step uses: the model must relearn more, and a step of
     # training takes less time. If each training row has two texts, the step joins no rows.
@@ -55,7 +54,7 @@ def recover(job: Job[Recover]) -> StepResult:
     recipe = Recipe(step.epochs, step.learning_rate, step.batch_size, step.seed, exits=step.exits or 0.0)
     key_fields = {"parent": manifest.id, "teacher": job.root.manifest.id, "step": settings_of(step), "version": VERSION}
     key = hashlib.sha256(json.dumps(key_fields, sort_keys=True).encode()).hexdigest()
-    held_out_examples = _examples(data, held_out_rows, encoder)
+    held_out_examples = encode_rows(data, held_out_rows, encoder)
     history = train(
         (model, teacher), (augmented_examples, held_out_examples), encoder, recipe, (job.resume, key), job.progress
     )
@@ -68,9 +67,3 @@ def recover(job: Job[Recover]) -> StepResult:
         "teacher": job.root.manifest.id,
     }
     return StepResult.from_parent(job, {**describe(model, model.state_dict()), "recovery": recovery})
-
-
-def _examples(data: Data, rows: list[int], encoder: encoding.Encoder) -> Examples:
-    selection = data.select(rows)
-    ids = encoder.encode(selection.texts)
-    return Examples(ids, selection.targets(ids))

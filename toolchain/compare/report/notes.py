@@ -170,7 +170,7 @@ def _exits_notes(rows: Sequence[Row]) -> list[str]:
         if shares:
             count = sum(number is not None for number in row.measurement.exits)
             used = describe_exit_shares(facts, shares[:-1])
-            lines.append(f"{cell_name(row, rows)}, exits of {count} sentences: {used}; {shares[-1]:.0%} use no exit.")
+            lines.append(f"{cell_name(row, rows)}: of {count} sentences, {used}, and {shares[-1]:.0%} use no exit.")
     summaries = (f"{row.measurement.cell}: {summarize_exits(row.measurement.facts['exits'])}" for row in with_exits)
     return [*lines, *dict.fromkeys(summaries)]
 
