@@ -4,6 +4,10 @@ from toolchain.results.measurements import Measurement, Samples
 from toolchain.results.result_file import ResultFile
 from toolchain.results.scores import Accuracy
 
+# The fact ``exits`` of a row with two exits, whose curve has one point.
+EXIT_POINT = {"confidence": 0.9, "drop": 0.1, "shares": [0.5, 0.25], "work": 0.5}
+EXITS = {**EXIT_POINT, "layers": [0, 2], "held_out_rows": 40, "curve": [EXIT_POINT]}
+
 
 def samples_of(times):
     return Samples.from_rounds(times, [[1] * len(row) for row in times])

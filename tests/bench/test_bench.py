@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from instant_worker import InstantWorker
+from sample_results import EXITS
 from short_bench import SHORT
 
 from toolchain import backends
@@ -456,10 +457,6 @@ def test_every_runtime_in_the_variant_table_has_a_backend():
     assert {variants.get(name).runtime for cells in variants.DEFAULT_CELLS.values() for name in cells} <= set(
         backends.BACKENDS
     )
-
-
-POINT = {"confidence": 0.9, "drop": 0.1, "shares": [0.5, 0.25], "work": 0.5}
-EXITS = {**POINT, "layers": [0, 2], "held_out_rows": 40, "curve": [POINT]}
 
 
 def with_exits(artifact):

@@ -11,7 +11,7 @@ from conftest import TESTS  # noqa: F401 - makes the modules of tests/ importabl
 from hostile.harness import RefusedError, call
 from instant_worker import InstantWorker
 from rich_rows import exits_row, rich_result
-from sample_results import NO_GPU, measured_row, result
+from sample_results import EXITS, NO_GPU, measured_row, result
 
 from toolchain.artifacts import store
 from toolchain.artifacts.manifest import Manifest, TensorSpec
@@ -62,10 +62,6 @@ def _task_result(task):
         "task": task,
     }
     return result(*rows, data=data, run={"threads": 2, "batch_size": 32, "id": task})
-
-
-_POINT = {"confidence": 0.9, "drop": 0.1, "shares": [0.5, 0.25], "work": 0.5}
-EXITS = {**_POINT, "layers": [0, 2], "held_out_rows": 40, "curve": [_POINT]}
 
 
 def _facts():

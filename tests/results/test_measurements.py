@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_results import result, row, samples_of
+from sample_results import EXIT_POINT, EXITS, result, row, samples_of
 
 from toolchain.errors import ResultFileError
 from toolchain.results.measurements import MAX_SAMPLES, Measurement, Samples
@@ -78,10 +78,6 @@ def test_a_result_file_has_one_line_of_raw_samples_per_row(tmp_path):
     assert len([line for line in (tmp_path / "r.json").read_text().splitlines() if "onnx-int8" in line]) == 1
 
 
-POINT = {"confidence": 0.9, "drop": 0.1, "shares": [0.5, 0.25], "work": 0.5}
-EXITS = {**POINT, "layers": [0, 2], "held_out_rows": 40, "curve": [POINT]}
-
-
 def test_the_exit_of_each_sentence_is_stored_and_its_shares_follow(tmp_path):
     early = row(facts={"exits": EXITS}, predictions=(0, 1, 0, 1, 0), exits=(0, None, 0, 2, 1))
     result(early).write(tmp_path / "r.json")
@@ -148,8 +144,8 @@ def change_samples(values):
         (change_row(exits=[0, 3], facts={"exits": EXITS}), "a sentence with an unknown exit"),
         (change_row(exits=[-1], facts={"exits": EXITS}), "exits.0.*the number is negative"),
         (change_row(facts={"exits": {**EXITS, "layers": [0]}}), "another number of shares than layers"),
-        (change_row(facts={"exits": {**EXITS, "curve": [{**POINT, "shares": []}]}}), "another number of shares"),
-        (change_row(facts={"exits": {**EXITS, "curve": [POINT] * 1001}}), "too many exits, or too many points"),
+        (change_row(facts={"exits": {**EXITS, "curve": [{**EXIT_POINT, "shares": []}]}}), "another number of shares"),
+        (change_row(facts={"exits": {**EXITS, "curve": [EXIT_POINT] * 1001}}), "too many exits, or too many points"),
     ],
 )
 def test_an_inconsistent_result_file_is_refused(tmp_path, change, message):
