@@ -22,7 +22,6 @@ result file to benchmarks/studies/.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from typing import Any
 import click
 import half_exits
 from engines.sources import Sources
-from engines.table import ENGINES, build_all
+from engines.table import ENGINES, build_all, share_engines
 
 from toolchain.artifacts import store
 from toolchain.artifacts.names import VariantName
@@ -279,9 +278,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder, bar("peers") as progress:
         scratch = Path(folder)
         workspace = open_shape(shape, exported, scratch)
-        # Workers and the peers' scripts import modules from the folder `engines`.
-        paths = [str(STUDIES.parent.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        share_engines()
         root, std = map(ensure(workspace, PARENTS, {}, say).get, PARENTS)
         assert root is not None
         assert std is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,12 @@ class Engine:
         if missing:
             raise BenchError(f"{self.name} did not write {', '.join(missing)}.")
         return {model: out / model for model in self.models}
+
+
+def share_engines() -> None:
+    """Lets the child processes of this process import the package `engines`."""
+    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def build_all(
