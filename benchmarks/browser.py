@@ -107,10 +107,20 @@ def main(variants: tuple[str, ...], rounds: int, exported: Path) -> None:
     packages = {name: clients.version(name) for name in (clients.TRANSFORMERS, clients.RUNTIME)}
     body = {"schema": 1, "machine": hardware.machine(), "packages": packages, "rounds": rounds, "rows": rows}
     STUDY.with_name("browser-reference.json").write_text(json.dumps(body, indent=1) + "\n")
-    for name, row in rows.items():
+    for line in summary(body):
+        click.echo(line)
+
+
+def summary(body: dict[str, Any]) -> list[str]:
+    """Returns the results of this benchmark as the lines of a text table, the fastest model first."""
+    rows = sorted(body["rows"].items(), key=lambda item: -item[1]["speedup"])
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'':{width}} {'accuracy':>9} {'mean ms':>8} {'speed-up':>9}"]
+    for name, row in rows:
         low, high = row["speedup_interval"]
-        mean = row["latency_ms"]["mean"]
-        click.echo(f"{name:48} {row['accuracy']:.2%} {mean:7.2f} ms {row['speedup']:6.2f}× [{low:.2f}, {high:.2f}]")
+        times = f"{row['latency_ms']['mean']:8.2f} {row['speedup']:8.2f}× [{low:.2f}, {high:.2f}]"
+        lines.append(f"{name:{width}} {row['accuracy']:9.2%} {times}")
+    return lines
 
 
 if __name__ == "__main__":
