@@ -29,6 +29,7 @@ from toolchain.artifacts.steps import (
     Recover,
     Step,
     settings_of,
+    step_name,
     uses_training_data,
 )
 from toolchain.artifacts.store import ONNX, Artifact
@@ -375,13 +376,33 @@ def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any
     return validate_artifact(workspace, workspace.lineage(name)[-1], artifact, origin)
 
 
-def list_states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
-    """Returns the state of all default variants, all variants with a folder, and their ancestors.
+@dataclass(frozen=True)
+class VariantState:
+    """The state of a variant of a model.
 
-    Returns:
-        Each variant with its artifact (None if missing or unreadable) and its state. The state is ``built`` or
-        ``missing``, or it is ``stale``, ``tampered`` or ``unusable``, followed by the reason.
+    Attributes:
+        variant: Name of the variant.
+        parent: Name of its parent; None for the imported checkpoint.
+        step: Name of the step that builds it.
+        settings: Settings of the step; those of the existing artifact if there is one.
+        state: ``built`` or ``missing``; or ``stale``, ``tampered`` or ``unusable``, followed by the reason.
+        size_bytes: Size of the artifact; None if it is missing or unreadable.
+        id: Id of the artifact; None if it is missing or unreadable.
+        sealed: Whether the manifest has a valid seal; None if the artifact is missing or unreadable.
     """
+
+    variant: str
+    parent: str | None
+    step: str
+    settings: Mapping[str, Any]
+    state: str
+    size_bytes: int | None
+    id: str | None
+    sealed: bool | None
+
+
+def list_states(workspace: Workspace) -> list[VariantState]:
+    """Returns the states of all default variants, all variants with a folder, and their ancestors."""
     names = [name for cells in variants.DEFAULT_CELLS.values() for name in cells]
     names += sorted(folder.name for folder in (workspace.exported / workspace.model).glob("[!.]*") if folder.is_dir())
     rows = []
@@ -392,5 +413,18 @@ def list_states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, st
             state = f"{kind}: {item.folder_error.cause}"
         elif item.reason:
             state = item.reason if item.artifact is None else f"stale: {item.reason}"
-        rows.append((item.variant, item.artifact, state))
+        manifest = item.artifact.manifest if item.artifact else None
+        step = manifest.step if manifest else item.variant.step
+        rows.append(
+            VariantState(
+                variant=item.variant.name,
+                parent=item.variant.parent,
+                step=step_name(step),
+                settings=settings_of(step),
+                state=state,
+                size_bytes=manifest.size_bytes if manifest else None,
+                id=manifest.id if manifest else None,
+                sealed=manifest.sealed if manifest else None,
+            )
+        )
     return rows
