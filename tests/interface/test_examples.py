@@ -1,15 +1,19 @@
 """Tests of the examples in the docstrings of the interface: they run, in order, on a tiny model."""
 
+import csv
 import doctest
 import inspect
 import os
+import shutil
 
 import pytest
-from conftest import make_checkpoint
+from conftest import DEFAULT_VARIANTS
 from sample_results import FP32, INT8, result
 
 import toolchain as tc
 from toolchain.compare.report.plots import Plot
+from toolchain.data import inputs
+from toolchain.models import locations
 
 # These classes only hold values, or belong to other rooms; the methods that return them have examples.
 WITHOUT_EXAMPLE = {tc.Artifact, tc.Bundle, tc.Prediction, tc.VariantState, Plot, tc.ToolchainError}
@@ -35,12 +39,16 @@ def examples():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with the checkpoint, the training data and the result file that the examples name."""
+def folder(tmp_path_factory, built_tiny):
+    """A folder with the artifacts, the data and the result file that the examples name."""
     folder = tmp_path_factory.mktemp("examples")
-    make_checkpoint(folder / "my-checkpoint", leaning=30)
-    rows = "".join(f"a film of {i} words,{i % 2}\n" for i in range(60))
-    (folder / "train.csv").write_text("text,label\n" + rows)
+    for name in DEFAULT_VARIANTS:
+        shutil.copytree(built_tiny.path(name), folder / "exported" / built_tiny.model / name)
+    shutil.copy(built_tiny.exported / built_tiny.model / locations.LOCATION, folder / "exported" / built_tiny.model)
+    data = inputs.load_embedded()
+    for name, rows in (("train.csv", range(200)), ("validation.csv", range(200, 220))):
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "label"), *((data.texts[i], data.labels[i]) for i in rows)])
     results = folder / "benchmarks" / "results"
     results.mkdir(parents=True)
     (results / "example.json").write_text(result(FP32, INT8).to_json())
@@ -57,8 +65,11 @@ def test_every_public_function_and_method_has_an_example():
 
 
 @pytest.mark.parametrize("name", [name for name, text in examples().items() if ">>>" in text])
-def test_an_example_runs(name, folder, short_bench):
-    test = doctest.DocTestParser().get_doctest(examples()[name], {"tc": tc}, name, None, 0)
+def test_an_example_runs(name, folder, built_tiny, short_bench, monkeypatch):
+    # The layers of the tiny model have fewer weights than an exit costs, so exits cost nothing here.
+    monkeypatch.setattr("toolchain.exits.choice.EXIT_WEIGHTS", 0)
+    text = examples()[name].replace("my-checkpoint", built_tiny.model)
+    test = doctest.DocTestParser().get_doctest(text, {"tc": tc}, name, None, 0)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     report = []
     runner.run(test, out=report.append)

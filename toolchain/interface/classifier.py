@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -88,7 +88,7 @@ class Classifier:
 
         Examples:
             >>> with tc.Classifier(tc.open("my-checkpoint").build("onnx-int8")) as classifier:
-            ...     [prediction.label for prediction in classifier(["a charming film", "a dull film"])]
+            ...     [prediction.label for prediction in classifier(["a charming film", "a film"])]
             ['POSITIVE', 'POSITIVE']
         """
         with calling():
@@ -96,6 +96,8 @@ class Classifier:
                 raise SettingsError("The classifier is closed.", "Open a new one with `Classifier`.")
             if isinstance(texts, str):
                 return self._predict([texts])[0]
+            if not isinstance(texts, Iterable):
+                raise DataError(f"{texts!r} is no text.", "Give a text, or a list of texts.")
             return self._predict(list(texts))
 
     def _predict(self, texts: Sequence[Text]) -> list[Prediction]:

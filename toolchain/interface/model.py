@@ -157,7 +157,7 @@ class Model:
             torch-pruned50-r1.
 
         Examples:
-            >>> tc.open("my-checkpoint").prune(0.5).name
+            >>> tc.open("my-checkpoint", train_data="train.csv").prune(0.5).name
             'torch-pruned50'
         """
         check_choice("method", method, ("fisher", "magnitude", "mask"))
@@ -260,7 +260,7 @@ class Model:
             The variant with exits, such as onnx-exits-int8.
 
         Examples:
-            >>> tc.open("my-checkpoint").exits("onnx-int8", layers=[1]).name
+            >>> tc.open("my-checkpoint", train_data="train.csv").exits("onnx-int8").name
             'onnx-exits-int8'
         """
         check_number("max_drop", max_drop, 0)
@@ -316,9 +316,9 @@ class Model:
 
         Examples:
             >>> model = tc.open("my-checkpoint", results="my-results")
-            >>> result = model.bench(["torch-fp32", "onnx-int8"], quick=True)
-            >>> [row["cell"] for row in result.compare(provider="cpu").rows]
-            ['torch-fp32@cpu', 'onnx-int8@cpu']
+            >>> result = model.bench(["onnx-fp32", "onnx-int8"], provider="cpu", data="validation.csv", quick=True)
+            >>> [row["baseline"] for row in result.compare(baseline="onnx-fp32").rows]
+            ['onnx-fp32@cpu', 'onnx-fp32@cpu']
         """
         providers = as_tuple(provider)
         for each in providers:

@@ -35,10 +35,11 @@ def show_bar(title: str) -> Iterator[Progress]:
 
     def update(count: int, total: int, activity: str) -> None:
         # If the total number of parts changes, another kind of work has begun, which has its own bar.
+        text = escape_line(f"{title}: {activity}")
         if total not in bars:
             close()
-            bars[total] = tqdm(total=total, leave=False, disable=None if not _in_notebook() else False)
-        bars[total].set_description(escape_line(f"{title}: {activity}"), refresh=False)
+            bars[total] = tqdm(desc=text, total=total, leave=False, disable=False if _in_notebook() else None)
+        bars[total].set_description(text, refresh=False)
         bars[total].update(count - bars[total].n)
 
     def close() -> None:
