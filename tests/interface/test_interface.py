@@ -19,7 +19,14 @@ from toolchain import interface
 from toolchain.artifacts.steps import Quantize
 from toolchain.build import pipeline
 from toolchain.cli import cli
-from toolchain.errors import ArtifactError, CheckpointError, DataError, ResultFileError, SettingsError, UnknownVariantError
+from toolchain.errors import (
+    ArtifactError,
+    CheckpointError,
+    DataError,
+    ResultFileError,
+    SettingsError,
+    UnknownVariantError,
+)
 from toolchain.interface import progress
 from toolchain.interface.calls import ARGUMENTS, RENAMED, calling, to_python_words
 
@@ -147,6 +154,7 @@ def test_messages_name_arguments_that_exist():
         ("Use --sensitivity.", "Use --sensitivity."),
         ("The file my--name.csv is empty.", "The file my--name.csv is empty."),
         ("Measure with `toolchain bench`.", "Measure with `model.bench()`."),
+        ("Use `toolchain export --base ID`.", "Use `toolchain export --base ID`."),
     ],
 )
 def test_messages_use_the_words_of_the_interface(text, expected):
@@ -178,6 +186,8 @@ WRONG_CALLS = [
     (lambda model: model.export(optimize="gpu"), SettingsError, "no `optimize` 'gpu'"),
     (lambda model: model.export(no_pass="smooth"), SettingsError, "`no_pass` names a pass that `optimize` cpu"),
     (lambda model: model.export(opset=5), SettingsError, "`opset` is 5"),
+    (lambda model: model.exits(layers=["1"]), SettingsError, "`layers` is '1', but it must be a whole number"),
+    (lambda model: model.bench(5), SettingsError, "5 is not a variant"),
     (lambda model: model.bench([]), SettingsError, "The list of variants is empty"),
     (lambda model: model.bench("onnx-int8", provider="gpu"), SettingsError, "no `provider` 'gpu'"),
     (lambda model: model.bench("onnx-int8", force=True), SettingsError, "`force` needs `save_as`"),

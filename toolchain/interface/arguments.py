@@ -60,7 +60,7 @@ def variant_names(chosen: Variant | Iterable[Variant], folder: Path) -> tuple[st
         SettingsError: There is no variant, or one is neither a name nor an artifact of the model.
         UnknownVariantError: There is no variant of this name; the error suggests similar names.
     """
-    several = [chosen] if isinstance(chosen, Artifact | str) else list(chosen)
+    several = list(chosen) if isinstance(chosen, Iterable) and not isinstance(chosen, str) else [chosen]
     if not several:
         raise SettingsError("The list of variants is empty.", "Give at least one variant, such as 'onnx-int8'.")
     return tuple(dict.fromkeys(variant_name(variant, folder) for variant in several))

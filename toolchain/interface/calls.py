@@ -11,7 +11,7 @@ from toolchain.system.files import REFUSALS
 from toolchain.system.interrupts import record_interrupts
 
 # Option of a command → name of the argument, where it is not the option's name with underscores.
-RENAMED: Mapping[str, str] = {"as": "folder", "from": "parent", "root-certificate": "root_certificate"}
+RENAMED: Mapping[str, str] = {"as": "folder", "from": "parent"}
 # Options whose argument has the option's name.
 OPTIONS = (
     *("model", "exported", "train-data", "text-column", "text-pair-column", "label-column", "split", "results", "data"),
@@ -19,7 +19,7 @@ OPTIONS = (
     *("ratio", "method", "cost", "recover", "exits", "optimize", "opset", "exporter", "revision", "base"),
     *("quick", "provider", "threads", "batch-size", "by-length", "device-id", "allow-fallback", "save-as", "force"),
     *("resume", "baseline", "filter", "sort", "target", "output", "demo", "with-tokenizer", "license"),
-    *("exit-confidence", "id", "key"),
+    *("exit-confidence", "id", "key", "root-certificate"),
 )
 ARGUMENTS: Mapping[str, str] = {**{option: option.replace("-", "_") for option in OPTIONS}, **RENAMED}
 _WORDS = {
@@ -31,7 +31,8 @@ _WORDS = {
     "Run the command again": "Call the method again",
     "the same command": "the same call",
 }
-_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
+# A command in a message stays as it is, because it works in a terminal.
+_OPTION = re.compile(r"`toolchain [^`]*`|(?<![\w-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
 
 
 def to_python_words(text: str) -> str:

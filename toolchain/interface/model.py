@@ -264,9 +264,10 @@ class Model:
             'onnx-exits-int8'
         """
         check_number("max_drop", max_drop, 0)
-        step = Exits(None if layers is None else tuple(layers), float(max_drop))
-        for layer in step.layers or ():
-            check_number("layers", layer, 0, whole=True)
+        numbers = None if layers is None else tuple(layers)
+        for number in numbers or ():
+            check_number("layers", number, 0, whole=True)
+        step = Exits(numbers, float(max_drop))
         return self._build(self._workspace, exits_steps([variant_name(parent, self.folder)], step, check_label(name)))
 
     @calling()
