@@ -16,7 +16,8 @@ from toolchain.artifacts import publishing, variants
 from toolchain.artifacts.manifest import MANIFEST
 from toolchain.artifacts.steps import Export, Import, Optimize, Prune, Quantize
 from toolchain.build import pipeline
-from toolchain.build.pipeline import ensure, list_states, plan, validate_variant
+from toolchain.build.pipeline import ensure, plan, validate_variant
+from toolchain.build.states import list_states
 from toolchain.build.workspace import Workspace
 from toolchain.errors import ArtifactError, GraphError, TamperedError, UnknownVariantError, VerdictError
 from toolchain.models.locations import LOCATION

@@ -294,6 +294,14 @@ def test_a_comparison_is_saved(measured, tmp_path, ending):
     assert "onnx-int8@cpu" in (tmp_path / f"report{ending}").read_text()
 
 
+@pytest.fixture
+def interruptible():
+    """Makes Ctrl-C raise `KeyboardInterrupt`; a shell starts programs in the background without this handler."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def interrupt(job):
     """Stands for a step during which the user interrupts, while a C library hides the interrupt."""
     (job.folder / "half").write_text("half of a model")
@@ -303,7 +311,7 @@ def interrupt(job):
         raise RuntimeError("the callback failed") from error
 
 
-def test_an_interrupted_call_leaves_no_half_artifact(model, monkeypatch):
+def test_an_interrupted_call_leaves_no_half_artifact(model, interruptible, monkeypatch):
     monkeypatch.setitem(pipeline.STEPS, Quantize, (interrupt, pipeline.STEPS[Quantize][1]))
     before = {path.name for path in model.folder.iterdir() if not path.name.startswith(".")}
     with pytest.raises(KeyboardInterrupt):

@@ -128,7 +128,7 @@ def bench(
     from toolchain.bench import run
     from toolchain.bench.server import DEFAULT_P99_MS
     from toolchain.cli.progress import bar, say
-    from toolchain.compare.rows import compare_current
+    from toolchain.compare.current import compare_current
     from toolchain.results.folder import ResultsFolder, require_measured
     from toolchain.results.saving import Saver
 

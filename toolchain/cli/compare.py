@@ -148,9 +148,10 @@ def compare(
       toolchain compare --format html > report.html
     """
     from toolchain.cli.progress import say
+    from toolchain.compare.current import compare_current
     from toolchain.compare.limits import Limits, check_limits, require_winner
     from toolchain.compare.regressions import find_regressions, require_no_regressions
-    from toolchain.compare.rows import arrange, compare_current
+    from toolchain.compare.rows import arrange
     from toolchain.results.folder import ResultsFolder, read_old_run
     from toolchain.results.result_file import ResultFile
 

@@ -21,7 +21,7 @@ def variants(model: str, exported: Path, folder_name: str | None, as_json: bool)
     Example:
       toolchain variants --model ./my-checkpoint
     """
-    from toolchain.build.pipeline import list_states
+    from toolchain.build.states import list_states
 
     states = list_states(open_workspace(model, exported, folder_name))
     if as_json:

@@ -6,10 +6,8 @@ import fnmatch
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from toolchain.artifacts.store import current_ids
 from toolchain.data.labels import MULTI, REGRESSION, LabelSet, number
 from toolchain.errors import ResultFileError
 from toolchain.results import statistics
@@ -373,12 +371,6 @@ def compare(
         cells = ", ".join(dict.fromkeys(row.measurement.cell for row in rows if row.measurement.status == "ok"))
         raise ResultFileError(f"No row is the baseline {baseline!r}.", f"The measured cells are: {cells or 'none'}.")
     return mark_front(rows)
-
-
-def compare_current(runs: Sequence[ResultFile], baseline: str | None, exported: Path) -> list[Row]:
-    """Returns the rows of `compare`; a row is stale if the artifact in the folder `exported` has changed."""
-    names = {(row.model, row.variant) for run in runs for row in run.rows}
-    return compare(runs, baseline, current_ids(exported, names))
 
 
 def mark_front(rows: Sequence[Row]) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from toolchain.artifacts.store import Artifact
-from toolchain.build.pipeline import VariantState
+from toolchain.build.states import VariantState
 from toolchain.compare.report.plots import Plot
 from toolchain.errors import ToolchainError
 from toolchain.interface.bundle import Bundle, verify

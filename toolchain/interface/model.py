@@ -10,7 +10,7 @@ from toolchain.artifacts.steps import OPTIMIZE_PASSES, QUANTIZED, Exits, Step
 from toolchain.artifacts.store import Artifact
 from toolchain.bench import run
 from toolchain.build import pipeline
-from toolchain.build.pipeline import VariantState
+from toolchain.build.states import VariantState, list_states
 from toolchain.build.trimming import corpus_of
 from toolchain.build.workspace import Workspace
 from toolchain.data.datasets import Columns
@@ -432,7 +432,7 @@ class Model:
             >>> states["onnx-int8"], states["onnx-pruned30"]
             ('built', 'missing')
         """
-        return pipeline.list_states(self._workspace)
+        return list_states(self._workspace)
 
     def _build(self, workspace: Workspace, steps: Mapping[str, Step], name: str | None = None) -> Artifact:
         """Builds variants, and returns the artifact of the named one, or of the last one in `steps`."""

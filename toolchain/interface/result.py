@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.artifacts.store import Artifact
-from toolchain.compare import rows as comparing
+from toolchain.compare.current import compare_current
 from toolchain.compare.report import drawing_figures, flat, fragment, html, markdown, plots, table
-from toolchain.compare.rows import Row
+from toolchain.compare.rows import Row, arrange
 from toolchain.errors import ResultFileError, SettingsError, ToolchainError
 from toolchain.interface.arguments import as_tuple, check_choice
 from toolchain.interface.calls import calling
@@ -168,8 +168,8 @@ class Result:
         if provider is not None:
             check_choice("provider", provider, ("cpu", "cuda"))
         name = baseline.name if isinstance(baseline, Artifact) else baseline
-        rows = comparing.compare_current(self._runs, name, self._exported)
-        return Comparison(comparing.arrange(rows, sort, as_tuple(filter), provider))
+        rows = compare_current(self._runs, name, self._exported)
+        return Comparison(arrange(rows, sort, as_tuple(filter), provider))
 
     @calling()
     def to_pandas(self, baseline: str | Artifact | None = None) -> pd.DataFrame:
