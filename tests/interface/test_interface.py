@@ -288,6 +288,13 @@ def test_a_result_is_shown_as_table_html_and_image(measured):
     assert measured.plot("throughput", "memory")._repr_svg_().startswith("<?xml")
 
 
+def test_the_text_of_a_comparison_is_the_same_in_a_notebook(measured, monkeypatch):
+    text = str(measured.compare())
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(measured.compare()) == text
+    assert "onnx-int8@cpu" in text
+
+
 @pytest.mark.parametrize("ending", [".html", ".csv", ".md", ".json"])
 def test_a_comparison_is_saved(measured, tmp_path, ending):
     measured.compare().save(tmp_path / f"report{ending}")

@@ -58,5 +58,8 @@ def to_text(rows: Sequence[Row], width: int | None = None) -> str:
     from rich.console import Console
 
     text = io.StringIO()
-    print_table(rows, Console(file=text, highlight=False, width=width or shutil.get_terminal_size((120, 40)).columns))
+    columns_shown = width or shutil.get_terminal_size((120, 40)).columns
+    # In a notebook, a console would show the table itself, and write nothing to its file.
+    console = Console(file=text, highlight=False, width=columns_shown, force_jupyter=False)
+    print_table(rows, console)
     return text.getvalue()
