@@ -291,6 +291,7 @@ def test_a_result_is_shown_as_table_html_and_image(measured):
 def test_the_text_of_a_comparison_is_the_same_in_a_notebook(measured, monkeypatch):
     text = str(measured.compare())
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
     assert str(measured.compare()) == text
     assert "onnx-int8@cpu" in text
 

@@ -59,7 +59,10 @@ def to_text(rows: Sequence[Row], width: int | None = None) -> str:
 
     text = io.StringIO()
     columns_shown = width or shutil.get_terminal_size((120, 40)).columns
-    # In a notebook, a console would show the table itself, and write nothing to its file.
-    console = Console(file=text, highlight=False, width=columns_shown, force_jupyter=False)
+    # In a notebook, a console would show the table itself, and write nothing to its file. A notebook also asks for
+    # colours with an environment variable.
+    console = Console(
+        file=text, highlight=False, width=columns_shown, color_system=None, force_terminal=False, force_jupyter=False
+    )
     print_table(rows, console)
     return text.getvalue()
