@@ -28,9 +28,9 @@ FLOORS = [
     {"build"},
     {"bench", "compare", "finetune"},
     {"ship", "tuning"},
-    {"predict", "doctor"},
+    {"predict", "doctor", "step_requests"},
     {"distributed"},
-    {"cli"},
+    {"cli", "interface"},
     {"reference", "__main__"},
 ]
 FLOOR_OF = {room_name: floor for floor, rooms in enumerate(FLOORS) for room_name in rooms}

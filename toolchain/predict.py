@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -333,34 +333,74 @@ def split_windows(texts: Texts, skip: int, window: int) -> Iterator[list[Text]]:
     return group_texts(itertools.islice(texts.read(), skip, None), window, WINDOW_CHARACTERS)
 
 
-def score_window(loaded_model: LoadedModel, model: Model, texts: Texts, window_texts: Sequence[Text]) -> list[Row]:
-    """Returns the predictions for the texts of one window, in order; each batch holds texts of similar length."""
-    columns, label_set = model.columns(texts), model.label_set
-    if label_set.task == TOKENS and texts.pair:
+@dataclass(frozen=True)
+class Prediction:
+    """The answer of a model to one text or pair of texts.
+
+    Attributes:
+        text: The text, or the pair of texts.
+        label: The predicted label; for a multi-label model, all predicted labels, separated by ``|``. None for a
+            regression model and for a token classifier.
+        probabilities: Probability of each label, by name; empty for a regression model and for a token classifier.
+        score: The score of a regression model; None for other models.
+        entities: The entities that a token classifier finds, as `describe_entities` returns them; empty for other
+            models.
+    """
+
+    text: Text
+    label: str | None = None
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+    score: float | None = None
+    entities: Sequence[Mapping[str, Any]] = ()
+
+
+def predict_texts(loaded_model: LoadedModel, label_set: LabelSet, texts: Sequence[Text]) -> list[Prediction]:
+    """Returns the predictions for texts, in order; each batch holds texts of similar length.
+
+    Raises:
+        DataError: The model finds entities, and an item of `texts` is a pair of texts.
+    """
+    if label_set.task == TOKENS and not all(isinstance(text, str) for text in texts):
         raise DataError("The model finds entities in single texts, not in pairs.", "Leave out --text-pair-column.")
-    rows = loaded_model.encode(window_texts)
-    predictions: list[list[Any]] = [[]] * len(rows)
+    rows = loaded_model.encode(texts)
+    predictions: dict[int, Prediction] = {}
     for batch in offline_batches([len(row) for row in rows], BATCH_SIZE):
-        logits = loaded_model.logits([window_texts[i] for i in batch], [rows[i] for i in batch])
+        logits = loaded_model.logits([texts[i] for i in batch], [rows[i] for i in batch])
         probabilities = label_probabilities(logits, label_set.task)
         if label_set.task == TOKENS:
             for i, row in zip(batch, probabilities, strict=True):
-                predictions[i] = [describe_entities(_texts_of(window_texts[i])[0], rows[i].spans, row, label_set.names)]
+                entities = describe_entities(_texts_of(texts[i])[0], rows[i].spans, row, label_set.names)
+                predictions[i] = Prediction(texts[i], entities=entities)
             continue
         for i, answer, row in zip(batch, answers(logits, label_set.task), probabilities, strict=True):
-            predictions[i] = _format_answer(label_set, answer, row)
+            predictions[i] = _prediction(texts[i], label_set, answer, row)
+    return [predictions[i] for i in range(len(texts))]
+
+
+def _prediction(text: Text, label_set: LabelSet, answer: Answer, probabilities: Sequence[float]) -> Prediction:
+    if label_set.task == REGRESSION:
+        return Prediction(text, score=number(answer))
+    shares = {label: float(share) for label, share in zip(label_set.names, probabilities, strict=True)}
+    return Prediction(text, label_set.format_answer(answer), shares)
+
+
+def score_window(loaded_model: LoadedModel, model: Model, texts: Texts, window_texts: Sequence[Text]) -> list[Row]:
+    """Returns the rows of the predictions for the texts of one window, in order."""
+    columns = model.columns(texts)
     return [
-        dict(zip(columns, [*_texts_of(text), *prediction], strict=True))
-        for text, prediction in zip(window_texts, predictions, strict=True)
+        dict(zip(columns, [*_texts_of(each.text), *_values(model.label_set, each)], strict=True))
+        for each in predict_texts(loaded_model, model.label_set, window_texts)
     ]
+
+
+def _values(label_set: LabelSet, prediction: Prediction) -> list[Any]:
+    """Returns the values of a prediction's columns: label and probabilities, score, or entities."""
+    if label_set.task == TOKENS:
+        return [prediction.entities]
+    if prediction.score is not None:
+        return [round(prediction.score, 6)]
+    return [prediction.label, *(round(prediction.probabilities[label], 6) for label in label_set.names)]
 
 
 def _texts_of(text: Text) -> tuple[str, ...]:
     return (text,) if isinstance(text, str) else text
-
-
-def _format_answer(label_set: LabelSet, answer: Answer, probabilities: Sequence[float]) -> list[Any]:
-    """Returns the values of the answer's columns: label and probabilities, or for regression, the score."""
-    if label_set.task == REGRESSION:
-        return [round(number(answer), 6)]
-    return [label_set.format_answer(answer), *(round(float(share), 6) for share in probabilities)]

@@ -16,7 +16,8 @@ from toolchain.artifacts import publishing, variants
 from toolchain.artifacts.manifest import MANIFEST
 from toolchain.artifacts.steps import Export, Import, Optimize, Prune, Quantize
 from toolchain.build import pipeline
-from toolchain.build.pipeline import ensure, list_states, plan, validate_variant
+from toolchain.build.pipeline import ensure, plan, validate_variant
+from toolchain.build.states import list_states
 from toolchain.build.workspace import Workspace
 from toolchain.errors import ArtifactError, GraphError, TamperedError, UnknownVariantError, VerdictError
 from toolchain.models.locations import LOCATION
@@ -101,7 +102,7 @@ def test_new_settings_replace_an_artifact_and_make_its_descendants_stale(tiny):
     assert tiny.load("onnx-std").manifest.facts["opset"] == {"": 17}
     assert reasons(tiny)["onnx-fp32"] == "onnx-std changed"
     assert reasons(tiny)["onnx-int8"] == "onnx-fp32 is built again"
-    assert {v.name: state for v, _, state in list_states(tiny)}["onnx-fp32"] == "stale: onnx-std changed"
+    assert {item.variant: item.state for item in list_states(tiny)}["onnx-fp32"] == "stale: onnx-std changed"
     # The ancestor onnx-std keeps opset 17 from its last build, although the new command does not name opset 17.
     assert reasons(tiny)["onnx-std"] == ""
     ensure(tiny, ["onnx-int8"], {}, lambda event: events.append(str(event)))
@@ -144,12 +145,12 @@ def test_a_tampered_parent_stops_the_build(tiny):
     tamper(tiny)
     with pytest.raises(TamperedError, match="does not have the sha256"):
         ensure(tiny, ["onnx-int8"], {}, lambda line: None)
-    assert "tampered" in {v.name: state for v, _, state in list_states(tiny)}["onnx-fp32"]
+    assert "tampered" in {item.variant: item.state for item in list_states(tiny)}["onnx-fp32"]
 
 
 def test_an_unreadable_manifest_gives_the_state_unusable(tiny):
     (tiny.path("onnx-int8") / MANIFEST).write_text("{")
-    assert {v.name: state for v, _, state in list_states(tiny)}["onnx-int8"].startswith("unusable: ")
+    assert {item.variant: item.state for item in list_states(tiny)}["onnx-int8"].startswith("unusable: ")
 
 
 def test_a_command_that_names_a_tampered_artifact_rebuilds_it(tiny):
@@ -316,7 +317,7 @@ def test_a_labelled_variant_does_not_replace_the_unlabelled_one(tiny):
     rebuilt = ensure(tiny, ["onnx-fp32+fused"], {}, lambda event: events.append(str(event)))["onnx-fp32+fused"].manifest
     assert "onnx-fp32+fused: fresh, skipped" in events
     assert rebuilt.step == fuse_only
-    state_of = {variant.name: state for variant, _, state in list_states(tiny)}
+    state_of = {item.variant: item.state for item in list_states(tiny)}
     assert state_of["onnx-fp32+fused"] == state_of["onnx-fp32"] == "built"
 
 

@@ -20,12 +20,36 @@ from toolchain.system.decoding import read_bytes
 ONNX = "model.onnx"  # file name of the graph in the folder of an ONNX variant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
-    """An artifact's folder and its manifest."""
+    """An artifact: the folder of a built variant, and its manifest.
+
+    Attributes:
+        path: The folder.
+        manifest: The manifest.
+    """
 
     path: Path
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        """Returns one line with the artifact's name, size and folder."""
+        return f"<Artifact {self.name}, {self.size_bytes / 1e6:.1f} MB, in {self.path}>"
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the variant."""
+        return str(self.manifest.variant)
+
+    @property
+    def id(self) -> str:
+        """Returns the id, which depends on content and settings, and not on the time or the machine."""
+        return self.manifest.id
+
+    @property
+    def size_bytes(self) -> int:
+        """Returns the size of all files except the manifest, in bytes."""
+        return self.manifest.size_bytes
 
     @property
     def label_set(self) -> LabelSet:

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import toolchain
@@ -14,7 +15,7 @@ from toolchain.artifacts import store, variants
 from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.steps import PROVIDERS
 from toolchain.artifacts.store import Artifact
-from toolchain.bench import floors, journal, roofline
+from toolchain.bench import floors, journal, roofline, scenarios
 from toolchain.bench.cells import Cell
 from toolchain.bench.journal import Journal
 from toolchain.bench.runner import Progress, bench
@@ -26,11 +27,12 @@ from toolchain.data.datasets import DEFAULT_COLUMNS, Columns
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ToolchainError
 from toolchain.models import checkpoints
-from toolchain.progress import Say
+from toolchain.progress import Bar, Say
 from toolchain.results.facts import CellFacts, RunSettings, Size
 from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
+from toolchain.results.saving import Saver
 from toolchain.system import hardware
 
 
@@ -57,6 +59,17 @@ class Request:
     split: str | None = None
     resume: bool = False
     results: ResultsFolder = DEFAULT_FOLDER
+
+
+def make_protocol(quick: bool, threads: int | None, **settings: Any) -> Protocol:
+    """Returns the settings of a quick or a full benchmark.
+
+    Args:
+        quick: Whether each cell takes about 20 seconds instead of about 60 seconds.
+        threads: Number of threads; None for the number of physical cores.
+        settings: Other settings, by the name of the attribute of `Protocol`.
+    """
+    return replace(scenarios.QUICK if quick else scenarios.FULL, threads=threads or hardware.cores(), **settings)
 
 
 def planned_pairs(
@@ -131,6 +144,18 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
     """
     data, cells = prepare_cells(workspace, request, hardware.missing_cuda(request.protocol.device_id), say)
     return measure_cells(workspace, request, cells, data, say, progress)
+
+
+def measure_and_save(
+    workspace: Workspace, request: Request, saver: Saver, say: Say, bar: Bar
+) -> tuple[ResultFile, Path]:
+    """Measures every planned cell on this machine, saves the result, and returns it with its path; see `measure`."""
+    with bar("bench") as progress:
+        result, run_journal = measure(workspace, request, say, progress)
+    path = saver.save(result, None)
+    run_journal.end()
+    say(f"saved: {path}")
+    return result, path
 
 
 def prepare_cells(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from toolchain.artifacts import fact_summaries, publishing, store, variants
+from toolchain.artifacts import fact_summaries, publishing, store
 from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.steps import (
     Compile,
@@ -373,24 +373,3 @@ def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any
     if artifact.manifest.parent is None:
         origin, _ = _find_origin(workspace, artifact.manifest.step, None)
     return validate_artifact(workspace, workspace.lineage(name)[-1], artifact, origin)
-
-
-def list_states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
-    """Returns the state of all default variants, all variants with a folder, and their ancestors.
-
-    Returns:
-        Each variant with its artifact (None if missing or unreadable) and its state. The state is ``built`` or
-        ``missing``, or it is ``stale``, ``tampered`` or ``unusable``, followed by the reason.
-    """
-    names = [name for cells in variants.DEFAULT_CELLS.values() for name in cells]
-    names += sorted(folder.name for folder in (workspace.exported / workspace.model).glob("[!.]*") if folder.is_dir())
-    rows = []
-    for item in inspect_variants(workspace, [name for name in names if variants.is_variant(name)], {}):
-        state = "built"
-        if item.folder_error:
-            kind = "tampered" if isinstance(item.folder_error, TamperedError) else "unusable"
-            state = f"{kind}: {item.folder_error.cause}"
-        elif item.reason:
-            state = item.reason if item.artifact is None else f"stale: {item.reason}"
-        rows.append((item.variant, item.artifact, state))
-    return rows

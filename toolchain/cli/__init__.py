@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import errno
 import io
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 import click
 
@@ -35,6 +32,7 @@ from toolchain.cli.variants import variants
 from toolchain.cli.verify import verify
 from toolchain.errors import SystemRefusalError, ToolchainError
 from toolchain.system.files import REFUSALS
+from toolchain.system.interrupts import record_interrupts
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -69,31 +67,6 @@ for command in (
             option.envvar = f"TOOLCHAIN_{command.name}_{option.opts[0].lstrip('-')}".upper().replace("-", "_")
 
 
-@contextmanager
-def _record_interrupts() -> Iterator[list[int]]:
-    """Yields a list to which each interrupt adds its signal number.
-
-    During an import or a callback, C libraries convert KeyboardInterrupt to errors of other classes. If the list of
-    signal numbers is not empty, an unexpected error comes from the user's interrupt and is not a bug.
-    """
-    signal_numbers: list[int] = []
-
-    def record_interrupt(number: int, frame: FrameType | None) -> None:
-        signal_numbers.append(number)
-        signal.default_int_handler(number, frame)
-
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        # The process ignores interrupts, or another handler already handles them. This function does not change that
-        # behaviour, so the list of signal numbers stays empty.
-        yield signal_numbers
-        return
-    signal.signal(signal.SIGINT, record_interrupt)
-    try:
-        yield signal_numbers
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; prints every error as a message.
 
@@ -105,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that cannot show the characters × and Δ must still show the numbers.
             stream.reconfigure(errors="backslashreplace")
-    with _record_interrupts() as interrupts:
+    with record_interrupts() as interrupts:
         try:
             code = cli.main(arguments, prog_name="toolchain", standalone_mode=False, obj=state)
             return code if isinstance(code, int) else 0

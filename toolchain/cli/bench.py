@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.cli.compare import rows_of, show
+from toolchain.cli.compare import show
 from toolchain.cli.options import (
     RAY,
     data_options,
@@ -26,9 +24,8 @@ if TYPE_CHECKING:
     from toolchain.bench.run import Request
     from toolchain.build.workspace import Workspace
     from toolchain.data.datasets import Columns
-    from toolchain.errors import ResultFileError
-    from toolchain.results.folder import ResultsFolder
     from toolchain.results.result_file import ResultFile
+    from toolchain.results.saving import Saver
 
 
 @click.command()
@@ -129,10 +126,11 @@ def bench(
       toolchain bench --quick --engine ray --address auto
     """
     from toolchain.bench import run
-    from toolchain.bench.scenarios import FULL, QUICK
     from toolchain.bench.server import DEFAULT_P99_MS
+    from toolchain.cli.progress import bar, say
+    from toolchain.compare.current import compare_current
     from toolchain.results.folder import ResultsFolder, require_measured
-    from toolchain.system import hardware
+    from toolchain.results.saving import Saver
 
     if engine == RAY and (resume or dry_run):
         raise click.UsageError("--resume and --dry-run need --engine local.")
@@ -144,9 +142,9 @@ def bench(
         raise click.UsageError("--p99-ms and --qps need --scenario server.")
     if p99_ms and qps:
         raise click.UsageError("--p99-ms and --qps exclude each other.")
-    protocol = replace(
-        QUICK if quick else FULL,
-        threads=threads or hardware.cores(),
+    protocol = run.make_protocol(
+        quick,
+        threads,
         batch_size=batch_size,
         by_length=by_length,
         server_p99_ms=(p99_ms or DEFAULT_P99_MS) if scenario and not qps else None,
@@ -157,40 +155,26 @@ def bench(
     results = ResultsFolder(folder)
     request = run.Request(names, providers, protocol, data, columns, split, resume, results)
     workspace = open_workspace(model, exported, folder_name)
-    saving = _Saving(results, workspace.model, save_as, force)
+    saver = Saver(results, workspace.model, save_as, force, say)
     if engine != RAY:
-        saving.require_free([None])
+        saver.require_free([None])
     if dry_run:
-        from toolchain.cli.progress import say
-
         run.check_data(workspace, request, say)
         for name, provider, what in run.preview(workspace, request):
             echo(f"{name}@{provider}: {what}")
         return
     if engine == RAY:
-        runs = _bench_on_ray(workspace, request, threads, address, saving)
+        runs = _bench_on_ray(workspace, request, threads, address, saver)
     else:
-        runs = [_bench_here(workspace, request, saving)]
-    show(rows_of(runs, None, exported), "json" if as_json else "table")
+        runs = [run.measure_and_save(workspace, request, saver, say, bar)[0]]
+    show(compare_current(runs, None, exported), "json" if as_json else "table")
     require_measured(*runs)
-    if saving.error:
-        raise saving.error
-
-
-def _bench_here(workspace: Workspace, request: Request, saving: _Saving) -> ResultFile:
-    from toolchain.bench import run
-    from toolchain.cli.progress import bar, say
-
-    with bar("bench") as progress:
-        result, journal = run.measure(workspace, request, say, progress)
-    path = saving.save(result, None)
-    journal.end()
-    say(f"saved: {path}")
-    return result
+    if saver.error:
+        raise saver.error
 
 
 def _bench_on_ray(
-    workspace: Workspace, request: Request, threads: int | None, address: str | None, saving: _Saving
+    workspace: Workspace, request: Request, threads: int | None, address: str | None, saver: Saver
 ) -> list[ResultFile]:
     from toolchain.cli.progress import say
     from toolchain.distributed import connect
@@ -198,49 +182,8 @@ def _bench_on_ray(
 
     results = []
     with connect(address, say) as cluster:
-        saving.require_free([node.machine["id"] for node in cluster.nodes])
+        saver.require_free([node.machine["id"] for node in cluster.nodes])
         for result in measure(cluster, workspace, request, threads, say):
-            say(f"saved: {saving.save(result, result.machine['id'])}")
+            say(f"saved: {saver.save(result, result.machine['id'])}")
             results.append(result)
     return results
-
-
-@dataclass
-class _Saving:
-    """Saves results in a file that the user names and can commit, or in a local file of the model.
-
-    If several machines measure, each machine has its own file, whose name also contains the machine's id.
-    """
-
-    folder: ResultsFolder
-    model: str
-    name: str | None
-    force: bool
-    error: ResultFileError | None = None
-
-    def require_free(self, machine_ids: Iterable[str | None]) -> None:
-        """Raises `ResultFileError` before the measurement if the result file exists and --force is not given."""
-        from toolchain.results.folder import require_free
-
-        if self.name and not self.force:
-            for machine_id in machine_ids:
-                require_free(self.folder.named_path(self.name, machine_id))
-
-    def save(self, result: ResultFile, machine_id: str | None) -> Path:
-        """Writes the result and returns its path; writes a local file if the file that the user names is unwritable."""
-        from toolchain.cli.progress import say
-        from toolchain.errors import ResultFileError
-        from toolchain.results.folder import save_named
-
-        # A result without any measurement is not worth a commit, so it becomes a local file.
-        if self.name and any(row.status == "ok" for row in result.rows):
-            path = self.folder.named_path(self.name, machine_id)
-            try:
-                save_named(result, path, force=self.force)
-            except ResultFileError as error:
-                path = self.folder.save_local(result, self.model, machine_id)
-                self.error = ResultFileError(f"{error.cause} The result of this run is in {path}.", "Rename the file.")
-                say(error.cause)
-        else:
-            path = self.folder.save_local(result, self.model, machine_id)
-        return path

@@ -148,6 +148,7 @@ def compare(
       toolchain compare --format html > report.html
     """
     from toolchain.cli.progress import say
+    from toolchain.compare.current import compare_current
     from toolchain.compare.limits import Limits, check_limits, require_winner
     from toolchain.compare.regressions import find_regressions, require_no_regressions
     from toolchain.compare.rows import arrange
@@ -160,7 +161,7 @@ def compare(
         files = [ResultsFolder(folder).read_newest(open_workspace(model, exported, folder_name).model, say)]
 
     def load_rows(runs: Sequence[ResultFile]) -> list[Row]:
-        return arrange(rows_of(runs, baseline, exported), order, patterns, provider)
+        return arrange(compare_current(runs, baseline, exported), order, patterns, provider)
 
     rows = load_rows(files)
     limits = Limits(max_drop, max_p95_ms, max_size_mb, max_memory_mb)
@@ -178,21 +179,6 @@ def compare(
         require_winner(verdict)
     if result:
         require_no_regressions(result)
-
-
-def rows_of(files: Sequence[ResultFile], baseline: str | None, exported: Path) -> list[Row]:
-    """Returns the rows of the comparison; marks rows whose artifact in `exported` has changed.
-
-    Args:
-        files: The runs.
-        baseline: Value of --baseline.
-        exported: Folder of the artifacts.
-    """
-    from toolchain.artifacts.store import current_ids
-    from toolchain.compare.rows import compare as comparison
-
-    names = {(row.model, row.variant) for file in files for row in file.rows}
-    return comparison(files, baseline, current_ids(exported, names))
 
 
 def show(

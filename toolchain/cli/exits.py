@@ -74,9 +74,7 @@ def exits(
       toolchain exits --layers 1,3 --name fixed
     """
     from toolchain.artifacts.steps import Exits
-    from toolchain.artifacts.variants import derive_variant
+    from toolchain.step_requests import exits_steps
 
-    step = Exits(layers, max_drop)
-    names = [derive_variant(parent, step, label).name for parent in parents or ("onnx-int8",)]
-    workspace = open_workspace(model, exported, folder_name, train)
-    build(workspace, dict.fromkeys(names, step), dry_run)
+    steps = exits_steps(parents, Exits(layers, max_drop), label)
+    build(open_workspace(model, exported, folder_name, train), steps, dry_run)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -17,10 +16,7 @@ from toolchain.cli.options import (
     no_pass_option,
     open_workspace,
 )
-from toolchain.exporters import EXPORTERS, require_exporter
-
-if TYPE_CHECKING:
-    from toolchain.artifacts.steps import Step
+from toolchain.exporters import EXPORTERS
 
 
 @click.command()
@@ -87,22 +83,8 @@ def export(
       toolchain export --optimize webgpu
       toolchain export --no-pass residual-sum --name plain-add
     """
-    from toolchain.artifacts.steps import Export, Import, Optimize
-    from toolchain.artifacts.variants import derive_variant
+    from toolchain.step_requests import ExportRequest
 
-    if exporter:
-        require_exporter(exporter, opset)
-    step = None if provider == "none" else Optimize.for_provider(provider)
-    if omitted_passes:
-        if step is None or not set(omitted_passes) <= set(step.passes):
-            passes = f"only the passes {', '.join(step.passes)}" if step else "no passes"
-            raise click.BadParameter(f"--optimize {provider} applies {passes}.", param_hint="--no-pass")
-        step = Optimize(provider, tuple(name for name in step.passes if name not in omitted_passes))
-    requested_steps: dict[str, Step] = {"torch-fp32": Import(revision)}
-    for parent in parents:
-        std_name = derive_variant(parent, Export(opset, exporter), "" if step else label).name
-        requested_steps[std_name] = Export(opset, exporter)
-        if step:
-            requested_steps[derive_variant(std_name, step, label).name] = step
+    steps = ExportRequest(parents, provider, omitted_passes, opset, exporter, revision, label).steps()
     workspace = open_workspace(model, exported, folder_name)
-    build(workspace.with_base(base) if base else workspace, requested_steps, dry_run)
+    build(workspace.with_base(base) if base else workspace, steps, dry_run)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from toolchain.cli.building import build
 from toolchain.cli.options import (
     dry_run_option,
     model_options,
@@ -17,9 +17,7 @@ from toolchain.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from toolchain.artifacts.steps import Step
     from toolchain.data.inputs import TrainingSource
-from toolchain.cli.building import build
 
 
 @click.command()
@@ -106,33 +104,11 @@ def prune(
       toolchain prune --ratio 0.73 --cost latency --layers 4 --recover 4 --exits
       toolchain prune --max-drop 1.0
     """
-    from toolchain.artifacts.steps import EXITS_WEIGHT, Prune, Recover
-    from toolchain.artifacts.variants import derive_variant
     from toolchain.cli.progress import bar, say
-    from toolchain.tuning.settings import largest_ratio
+    from toolchain.step_requests import PruneRequest
 
-    if bool(ratios) == (max_drop is not None):
-        raise click.UsageError("Give either --ratio or --max-drop.")
-    if method == "mask" and (epochs or max_drop is not None):
-        raise click.UsageError("--method mask removes nothing: it cannot be used with --max-drop or --recover.")
-    if max_drop is not None and (epochs or dry_run):
-        raise click.UsageError(
-            "--max-drop builds pruned models without training: it cannot be used with --recover or --dry-run."
-        )
-    if for_exits and not epochs:
-        raise click.UsageError("--exits trains the early layers: give --recover too.")
-    prunings = [Prune(ratio, method, cost, layers) for ratio in ratios or [0.5]]
-    # `derive_variant` is called before the search, so that a wrong parent raises its error at once.
-    children = [derive_variant(parent, pruning, label) for pruning in prunings]
+    if max_drop is not None and dry_run:
+        raise click.UsageError("--max-drop searches the ratio: it cannot be used with --dry-run.")
+    request = PruneRequest(ratios, max_drop, method, cost, layers, epochs, for_exits, parent, label)
     workspace = open_workspace(model, exported, folder_name, train)
-    if max_drop is not None:
-        ratio = largest_ratio(workspace, prunings[0], max_drop, say, bar)
-        prunings = [replace(prunings[0], ratio=round(ratio, 2))]
-        children = [derive_variant(parent, prunings[0], label)]
-    steps: dict[str, Step] = {}
-    for pruning, variant in zip(prunings, children, strict=True):
-        steps[variant.name] = pruning
-        if epochs:
-            recovery = Recover(epochs, exits=EXITS_WEIGHT if for_exits else None)
-            steps[derive_variant(variant.name, recovery).name] = recovery
-    build(workspace, steps, dry_run)
+    build(workspace, request.steps(workspace, say, bar), dry_run)

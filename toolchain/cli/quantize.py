@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +23,9 @@ from toolchain.cli.options import (
 from toolchain.cli.output import echo, echo_json
 
 if TYPE_CHECKING:
-    from toolchain.artifacts.steps import Quantize, Step
     from toolchain.build.workspace import Workspace
     from toolchain.data.inputs import TrainingSource
+    from toolchain.step_requests import QuantizeRequest
 
 
 @click.command()
@@ -137,15 +136,11 @@ def quantize(
       toolchain quantize --backend torchao
       toolchain quantize --backend bnb --scheme nf4
     """
-    from toolchain.artifacts.steps import Optimize, Quantize
-    from toolchain.artifacts.variants import derive_variant
-    from toolchain.artifacts.variants import get as get_variant
-    from toolchain.backends.ort import saturates
     from toolchain.build.trimming import corpus_of
     from toolchain.cli.progress import bar, say
-    from toolchain.tuning.settings import fewest_fp32_layers
+    from toolchain.step_requests import QuantizeRequest, isa_of
 
-    if sum([keep_fp32 is not None, max_drop is not None, sensitivity]) > 1:
+    if sensitivity and (keep_fp32 is not None or max_drop is not None):
         raise click.UsageError("Give only one of --keep-fp32, --max-drop and --sensitivity.")
     if sensitivity and trim_vocab:
         raise click.UsageError("--sensitivity cannot be used with --trim-vocab, which does not change linear layers.")
@@ -153,60 +148,39 @@ def quantize(
         raise click.UsageError("--max-drop cannot be used with --dry-run.")
     if as_json and not sensitivity:
         raise click.UsageError("--json needs --sensitivity.")
-    if isa == "auto":
-        isa = "portable" if saturates() else "vnni"
-        echo(f"--isa auto chooses {isa} for this processor", err=True)
-    scheme = scheme or next(iter(QUANTIZED[backend]))
-    if (backend, scheme) == ("ort", "fp16"):
-        if isa != "vnni" or any([embeddings, omitted_passes, trim_vocab, keep_fp32, max_drop is not None, sensitivity]):
-            raise click.UsageError(
-                "--scheme fp16 cannot be used with --isa portable, --embeddings, --keep-fp32, --max-drop, "
-                "--sensitivity, --no-pass or --trim-vocab."
-            )
-        halvings = {parent: Optimize.to_half(get_variant(parent).name) for parent in parents or ("onnx-std",)}
-        workspace = open_workspace(model, exported, folder_name)
-        build(
-            workspace,
-            {derive_variant(parent, halving, label).name: halving for parent, halving in halvings.items()},
-            dry_run,
-        )
-        return
     corpus = corpus_of(trim_vocab, train.columns.text)
-    step = Quantize(
+    request = QuantizeRequest(
+        parents,
         backend,
         scheme,
-        reduce_range=True if isa == "portable" else None,
-        embeddings=embeddings,
-        # With --sensitivity or --max-drop, the number of fp32 layers is still unknown, so 1 is a placeholder. The
-        # checks in `Quantize` give the same result for every number of fp32 layers from 1.
-        keep_fp32=1 if sensitivity or max_drop is not None else keep_fp32,
-        passes=Quantize.passes_without(scheme, omitted_passes),
-        trim_vocab=corpus.digest if corpus else trim_vocab,
+        isa_of(isa, say),
+        embeddings,
+        # The sensitivity is a measurement of each layer alone. The checks of settings need any number of fp32 layers.
+        1 if sensitivity else keep_fp32,
+        max_drop,
+        omitted_passes,
+        corpus.digest if corpus else trim_vocab,
+        label,
     )
-    default_parent = "onnx-fp32" if backend == "ort" else "torch-fp32"
-    names = {parent: derive_variant(parent, step, label).name for parent in parents or (default_parent,)}
     workspace = open_workspace(model, exported, folder_name, train, corpus)
     if sensitivity:
-        _print_sensitivity(workspace, names, step, as_json)
+        _print_sensitivity(workspace, request, as_json)
         return
-    steps: dict[str, Step] = dict.fromkeys(names.values(), step)
-    if max_drop is not None:
-        for parent, name in names.items():
-            layer_count = fewest_fp32_layers(workspace, parent, step, max_drop, say, bar)
-            steps[name] = replace(step, keep_fp32=layer_count or None)
-    build(workspace, steps, dry_run)
+    build(workspace, request.steps(workspace, say, bar), dry_run)
 
 
-def _print_sensitivity(workspace: Workspace, parents: Iterable[str], step: Quantize, as_json: bool) -> None:
+def _print_sensitivity(workspace: Workspace, request: QuantizeRequest, as_json: bool) -> None:
     """Prints the sensitivity of each linear layer of each parent."""
+    from toolchain.artifacts.variants import derive_variant
     from toolchain.cli.progress import bar, say
     from toolchain.quantization.sensitivity import SENTENCES, rank
     from toolchain.system.escaping import escape_line
     from toolchain.tuning.settings import sensitivity_setup
 
     layers_by_parent = {}
-    for parent in parents:
-        setup = sensitivity_setup(workspace, parent, step, say, bar)
+    for parent in request.chosen_parents:
+        derive_variant(parent, request.step, request.label)  # raises the error of a wrong parent
+        setup = sensitivity_setup(workspace, parent, request.step, say, bar)
         with bar(parent) as progress:
             layers_by_parent[parent] = rank(setup, progress)
     if as_json:

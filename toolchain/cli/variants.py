@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from toolchain.cli.options import json_option, model_options, open_workspace
 from toolchain.cli.output import echo, echo_json
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()
@@ -24,29 +21,14 @@ def variants(model: str, exported: Path, folder_name: str | None, as_json: bool)
     Example:
       toolchain variants --model ./my-checkpoint
     """
-    from toolchain.artifacts.steps import settings_of, step_name
-    from toolchain.build.pipeline import list_states
+    from toolchain.build.states import list_states
 
-    rows: list[dict[str, Any]] = []
-    for variant, artifact, state in list_states(open_workspace(model, exported, folder_name)):
-        step = artifact.manifest.step if artifact else variant.step
-        rows.append(
-            {
-                "variant": variant.name,
-                "parent": variant.parent,
-                "step": step_name(step),
-                "settings": settings_of(step),
-                "state": state,
-                "size_bytes": artifact.manifest.size_bytes if artifact else None,
-                "id": artifact.manifest.id if artifact else None,
-                "sealed": artifact.manifest.sealed if artifact else None,
-            }
-        )
+    states = list_states(open_workspace(model, exported, folder_name))
     if as_json:
-        echo_json(rows)
+        echo_json([asdict(state) for state in states])
         return
-    for row in rows:
-        size = f"{row['size_bytes'] / 1e6:.1f} MB" if row["size_bytes"] else "–"
-        origin = f"{row['step']} of {row['parent']}" if row["parent"] else str(row["step"])
-        seal = ", unsealed" if row["sealed"] is False else ""
-        echo(f"{row['variant']:12} {origin:24} {size:>9}  {row['state']}{seal}")
+    for state in states:
+        size = f"{state.size_bytes / 1e6:.1f} MB" if state.size_bytes else "–"
+        origin = f"{state.step} of {state.parent}" if state.parent else state.step
+        seal = ", unsealed" if state.sealed is False else ""
+        echo(f"{state.variant:12} {origin:24} {size:>9}  {state.state}{seal}")

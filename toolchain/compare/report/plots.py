@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.compare.report import drawing, drawing_exits
+from toolchain.compare.report import drawing, drawing_exits, drawing_figures
 from toolchain.compare.report.canvas import STYLE
 from toolchain.compare.report.columns import rows_with_figures
 from toolchain.compare.report.panels import Panel, panels
@@ -39,6 +39,25 @@ class Plot:
     title: str
     caption: str
     alt: str
+
+    def __repr__(self) -> str:
+        """Returns one line that names the plot."""
+        return f"<Plot {self.title!r}>"
+
+    def _repr_svg_(self) -> str:
+        """Returns the plot as SVG on a white background, which a notebook shows."""
+        return svg(self, self.title, "white")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plot to a file, whose ending is ``.svg`` or ``.png``.
+
+        Raises:
+            ResultFileError: The path has another ending, or the file cannot be written.
+        """
+        file = Path(path)
+        if file.suffix not in (".svg", ".png"):
+            raise ResultFileError(f"A plot cannot be written to {file}.", "Choose a path that ends in .svg or .png.")
+        _write(file, svg(self, self.title, "white").encode() if file.suffix == ".svg" else _png(self, self.title))
 
 
 Drawing = tuple["Figure", str]
@@ -90,13 +109,18 @@ PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] =
 }
 
 
-def figures(rows: Sequence[Row]) -> dict[str, Plot]:
-    """Returns the plots that have data, by name, with one panel for each model, machine, data set and thread count."""
+def figures(rows: Sequence[Row], names: Collection[str] = tuple(PLOTS)) -> dict[str, Plot]:
+    """Returns the plots that have data, by name, with one panel for each model, machine, data set and thread count.
+
+    Args:
+        rows: The rows.
+        names: Names of the plots.
+    """
     shown = panels(rows_with_figures(rows))
     plots = {}
     with _style():
         for name, (title, caption, draw) in PLOTS.items():
-            if drawn := draw(shown):
+            if name in names and (drawn := draw(shown)):
                 plots[name] = Plot(drawn[0], title, caption, drawn[1])
     return plots
 
@@ -115,6 +139,30 @@ def svg(plot: Plot, name: str, background: str = "none") -> str:
     return out.getvalue()
 
 
+def figure_against(rows: Sequence[Row], y: str, x: str) -> Plot | None:
+    """Returns a plot of one figure against another one, or None if no row has both.
+
+    Args:
+        rows: The rows.
+        y: Name of the figure on the vertical axis, a key of `drawing_figures.AXES`.
+        x: Name of the figure on the horizontal axis.
+    """
+    name = f"{y}-{x}"
+    if name in PLOTS:
+        return figures(rows, [name]).get(name)
+    with _style():
+        drawn = drawing_figures.figure_against(panels(rows_with_figures(rows)), y, x)
+    caption = "Each point is a row of the comparison. A ring marks the baseline."
+    return Plot(drawn[0], f"{y.capitalize()} against {x}", caption, drawn[1]) if drawn else None
+
+
+def _png(plot: Plot, name: str) -> bytes:
+    image = io.BytesIO()
+    with _style(name):
+        plot.figure.savefig(image, format="png", dpi=PIXELS_PER_INCH, facecolor="white", metadata={"Software": None})
+    return image.getvalue()
+
+
 def save(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Writes NAME.svg and NAME.png of each plot on a white background and returns their paths.
 
@@ -125,12 +173,7 @@ def save(rows: Sequence[Row], folder: Path) -> list[Path]:
     """
     written = []
     for name, plot in figures(rows).items():
-        image = io.BytesIO()
-        with _style(name):
-            plot.figure.savefig(
-                image, format="png", dpi=PIXELS_PER_INCH, facecolor="white", metadata={"Software": None}
-            )
-        for ending, content in (("svg", svg(plot, name, "white").encode()), ("png", image.getvalue())):
+        for ending, content in (("svg", svg(plot, name, "white").encode()), ("png", _png(plot, name))):
             _write(folder / f"{name}.{ending}", content)
             written.append(folder / f"{name}.{ending}")
     return written

@@ -1,0 +1,60 @@
+"""Draws any two figures of a comparison against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from toolchain.compare.report.canvas import INK, axis_of, canvas, legend, place_labels, runtime_style
+from toolchain.compare.report.columns import to_megabytes
+from toolchain.compare.report.drawing import RING, join_descriptions, point_panel_height, select_rows
+from toolchain.compare.report.panels import Panel
+from toolchain.compare.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Name of a figure → label of its axis, and the function that returns the figure of a row, or None if it is unknown.
+AXES: Mapping[str, tuple[str, Callable[[Row], float | None]]] = {
+    "accuracy": ("score, %", lambda row: 100 * row.measurement.score.value if row.measurement.score else None),
+    "latency": ("median latency at batch 1, ms", lambda row: row.measurement.latency_ms.get("p50")),
+    "throughput": ("throughput, sentences per second", lambda row: row.measurement.throughput_per_s),
+    "memory": ("peak memory, MB", lambda row: to_megabytes(row.measurement.memory_bytes.get("peak"))),
+    "size": ("size, MB", lambda row: to_megabytes(row.measurement.size_bytes.get("total"))),
+}
+
+
+def figure_against(panels: Sequence[Panel], y: str, x: str) -> tuple[Figure, str] | None:
+    """Draws the figure `y` against the figure `x`, two keys of `AXES`: one point for each row.
+
+    Returns:
+        The figure and its description; None if no row has both figures.
+    """
+    (y_label, y_of), (x_label, x_of) = AXES[y], AXES[x]
+    shown = select_rows(panels, lambda row: y_of(row) is not None and x_of(row) is not None)
+    if not shown:
+        return None
+    figure, grid = canvas([point_panel_height(panel) for panel in shown], sharex=True, sharey=True)
+    descriptions = []
+    for (axes,), panel in zip(grid, shown, strict=True):
+        axes.set_title(panel.title)
+        axes.set_ylabel(y_label)
+        points = [(x_of(row) or 0.0, y_of(row) or 0.0, panel.label(row)) for row in panel.rows]
+        for (x_value, y_value, _), row in zip(points, panel.rows, strict=True):
+            colour, marker = runtime_style(row)
+            axes.plot(x_value, y_value, marker, color=colour, markersize=6, zorder=3)
+            if row.measurement is row.baseline:
+                axes.plot(x_value, y_value, color=INK, **RING)
+        descriptions.append(
+            f"{panel.title}: "
+            + ", ".join(f"{label} ({y} {y_value:.4g}, {x} {x_value:.4g})" for x_value, y_value, label in points)
+        )
+    for kind, place in ((x, "xaxis"), (y, "yaxis")):
+        if kind != "accuracy":
+            value_of = AXES[kind][1]
+            axis_of(getattr(grid[0][0], place), [value_of(row) or 0.0 for panel in shown for row in panel.rows])
+    grid[-1][0].set_xlabel(x_label)
+    legend(figure, [row for panel in shown for row in panel.rows], {"baseline": RING})
+    for (axes,), panel in zip(grid, shown, strict=True):
+        place_labels(axes, [(x_of(row) or 0.0, y_of(row) or 0.0, panel.label(row)) for row in panel.rows])
+    return figure, join_descriptions(descriptions)
