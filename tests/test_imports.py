@@ -28,7 +28,7 @@ FLOORS = [
     {"build"},
     {"bench", "compare", "finetune"},
     {"ship", "tuning"},
-    {"predict", "doctor"},
+    {"predict", "doctor", "recipes"},
     {"distributed"},
     {"cli"},
     {"reference", "__main__"},
