@@ -310,6 +310,11 @@ def step_of(path: Path, record: VariantRecord) -> Step:
             f"{path}: the step {name} does not build {record.name}.",
             f"Use the step {step_name(default_step)}, or another name.",
         )
+    if "train" in record.settings:
+        raise RecipeError(
+            f"{path}: the settings of {record.name} have the key train.",
+            "Name the training data in the table [training].",
+        )
     _require_known(path, f"the table of settings of {record.name}", record.settings, setting_names(name))
     for key, value in record.settings.items():
         if fault := bound_fault(name, key, value):
