@@ -141,7 +141,8 @@ def test_another_id_is_a_negative_verdict(tiny, recipe, say):
         ({}, {}, "other", "build with --as m"),
         ({}, {"releases": {"torch": "0.1"}}, "m", "built with other releases: install torch 0.1"),
         ({}, {"toolchain": "9.9"}, "m", "built with other releases: install toolchain 9.9"),
-        ({"any_processor": False}, {}, "m", "the same files only on the same machine"),
+        ({"any_processor": False}, {}, "m", "The step prune gives the same files only on the same machine"),
+        ({"any_processor": False}, {"toolchain": "9.9"}, "m", "install toolchain 9.9. The step prune gives"),
     ],
 )
 def test_a_verdict_names_the_likely_reason(tmp_path, row, changes, model, hint):
@@ -193,7 +194,7 @@ def test_another_checkpoint_is_refused(recipe, tmp_path):
         ('[ship]\ntarget = "python"\nvariants = ["onnx-int8-static"]\noutput = "../b"', "bundle '../b', which is out"),
     ],
 )
-def test_a_recipe_cannot_name_what_is_elsewhere(tmp_path, monkeypatch, table, cause):
+def test_a_recipe_cannot_name_other_places(tmp_path, monkeypatch, table, cause):
     (tmp_path / "user" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "clone"
@@ -206,6 +207,20 @@ def test_a_recipe_cannot_name_what_is_elsewhere(tmp_path, monkeypatch, table, ca
 def test_the_data_of_a_benchmark_is_inside_the_folder(tmp_path, say):
     for data, cause in (("../x.csv", "outside the recipe's folder"), ("x.csv", "is not beside the recipe")):
         path = write(tmp_path, f'{INT8}[bench]\nvariants = ["onnx-int8"]\ndata = "{data}"')
+        code, _, err = say("build", path, "--exported", tmp_path / "other")
+        assert code == 1
+        assert cause in err
+        assert not (tmp_path / "other").exists()
+
+
+def test_a_bundle_is_checked_before_the_build(tmp_path, say):
+    (tmp_path / "taken").mkdir()
+    for variant, output, cause in (
+        ("torch-fp32", "new", "torch-fp32 is a PyTorch variant and has no .onnx file"),
+        ("onnx-int8", "taken", "taken exists and is not a bundle"),
+    ):
+        bundle = f'[ship]\ntarget = "python"\nvariants = ["{variant}"]\noutput = "{output}"'
+        path = write(tmp_path, f'[[variants]]\nname = "{variant}"\n{bundle}')
         code, _, err = say("build", path, "--exported", tmp_path / "other")
         assert code == 1
         assert cause in err

@@ -102,9 +102,10 @@ def build(
     overrides = Overrides(exported, model, folder_name, base, train if train.file else None, corpus, output)
     plan = make_plan(recipe, overrides)
     results = ResultsFolder(folder)
-    request = building.bench_request(plan, results)
+    # Benchmark and bundle are checked before the build, which may take hours.
+    request, bundle_folder = building.bench_request(plan, results), building.bundle_folder(plan)
     if dry_run:
-        _print_plan(plan)
+        _print_plan(plan, bundle_folder)
         return
     rows = building.build(plan, say, bar)
     if not as_json:
@@ -125,9 +126,8 @@ def build(
         require_measured(measured[0])
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, bundle_folder: Path | None) -> None:
     from toolchain.bench.run import planned_pairs
-    from toolchain.recipes.building import bundle_folder
 
     for item in plan.items:
         echo(plan_line(item))
@@ -135,7 +135,7 @@ def _print_plan(plan: Plan) -> None:
         cells = ", ".join(f"{name}@{provider}" for name, provider in planned_pairs(bench.variants, bench.providers))
         echo(f"bench: {cells}")
     if order := plan.recipe.ship:
-        echo(f"ship: {', '.join(order.variants)} for {order.target} to {bundle_folder(plan)}")
+        echo(f"ship: {', '.join(order.variants)} for {order.target} to {bundle_folder}")
 
 
 def _print_ids(rows: Sequence[BuiltVariant]) -> None:

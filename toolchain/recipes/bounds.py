@@ -76,7 +76,7 @@ def setting_names(step: str) -> list[str]:
 
 
 def bound_fault(step: str, key: str, value: Any) -> str:
-    """Returns what is wrong with the value of a setting; empty if it is within its bounds, or if it has no bounds."""
+    """Returns the fault of a setting's value; empty if the value is within its bounds, or if it has no bounds."""
     return _fault(BOUNDS[step].get(key, {}), value)
 
 

@@ -22,6 +22,7 @@ from toolchain.results.folder import ResultsFolder
 from toolchain.results.result_file import ResultFile
 from toolchain.ship import shipping
 from toolchain.ship.shipping import Order
+from toolchain.ship.targets import TARGETS
 from toolchain.system import hardware
 
 
@@ -125,11 +126,13 @@ def _difference_hint(plan: Plan, row: BuiltVariant) -> str:
     versions = {**hardware.versions(), "toolchain": toolchain.__version__}
     recorded = {**recipe.releases, **({"toolchain": recipe.toolchain} if recipe.toolchain else {})}
     changes = [f"{name} {recorded[name]}" for name in recorded if versions.get(name) != recorded[name]]
-    if changes:
-        return f"The recipe was built with other releases: install {', '.join(changes)}."
+    hints = [f"The recipe was built with other releases: install {', '.join(changes)}."] if changes else []
     if not row.any_processor:
-        return f"The step {row.step} gives the same files only on the same machine: build there, or accept this build."
-    return f"The recipe's settings or id of {row.variant} may have been edited: write the recipe again."
+        hints.append(
+            f"The step {row.step} gives the same files only on the same machine: build there, or accept this build."
+        )
+    edited = f"The recipe's settings or id of {row.variant} may have been edited: write the recipe again."
+    return " ".join(hints) or edited
 
 
 def measure(plan: Plan, request: run.Request, say: Say, bar: Bar) -> tuple[ResultFile, Path]:
@@ -161,10 +164,9 @@ def bench_request(plan: Plan, results: ResultsFolder) -> run.Request | None:
 
 def ship(plan: Plan, results: ResultsFolder, say: Say, bar: Bar) -> tuple[dict[str, Any], Path] | None:
     """Writes the recipe's bundle, and returns its bundle.json and its folder; None if the recipe has no bundle."""
-    order = plan.recipe.ship
-    if order is None:
+    order, output = plan.recipe.ship, bundle_folder(plan)
+    if order is None or output is None:
         return None
-    output = bundle_folder(plan)
     bundle = shipping.ship(
         plan.workspace,
         Order(order.variants, order.target, order.license, order.demo, order.with_tokenizer, results=results),
@@ -175,7 +177,17 @@ def ship(plan: Plan, results: ResultsFolder, say: Say, bar: Bar) -> tuple[dict[s
     return bundle, output
 
 
-def bundle_folder(plan: Plan) -> Path:
-    """Returns the folder of the recipe's bundle, for a recipe with a bundle."""
-    assert plan.recipe.ship is not None
-    return plan.output or shipping.default_output(plan.workspace, plan.recipe.ship.target)
+def bundle_folder(plan: Plan) -> Path | None:
+    """Returns the folder of the recipe's bundle, after a check of its variants and the folder; None without a bundle.
+
+    Raises:
+        ShippingError: The target cannot have one of the variants.
+        ArtifactError: The folder exists and has no bundle, or a modified bundle.
+    """
+    order = plan.recipe.ship
+    if order is None:
+        return None
+    shipping.check_names(order.variants, TARGETS[order.target])
+    output = plan.output or shipping.default_output(plan.workspace, order.target)
+    shipping.check_output(output)
+    return output

@@ -192,7 +192,7 @@ def _steps(path: Path, recipe: Recipe, workspace: Workspace) -> dict[str, Step]:
 def _with_inputs(step: Step, recipe: Recipe, workspace: Workspace) -> Step:
     """Returns the step with the revision of a hub model, or with the digest of the training data."""
     if isinstance(step, Import):
-        return Import(recipe.model.revision) if recipe.model.kind == "hub" else step
+        return Import(recipe.model.revision) if workspace.source.kind == "hub" else step
     if not uses_training_data(step):
         return step
     if recipe.training.digest is None and _is_missing(workspace):

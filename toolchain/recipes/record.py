@@ -335,7 +335,7 @@ def path_inside(folder: Path, ref: str, purpose: str, option: str) -> Path:
     Args:
         folder: Folder of the recipe.
         ref: The path in the recipe.
-        purpose: What the path is, for the error message.
+        purpose: Purpose of the path, for the error message.
         option: Option with which the user can name another path.
 
     Raises:
