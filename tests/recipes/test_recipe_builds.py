@@ -141,6 +141,7 @@ def test_another_id_is_a_negative_verdict(tiny, recipe, say):
         ({}, {}, "other", "build with --as m"),
         ({}, {"releases": {"torch": "0.1"}}, "m", "built with other releases: install torch 0.1"),
         ({}, {"toolchain": "9.9"}, "m", "built with other releases: install toolchain 9.9"),
+        ({}, {"releases": {"no-library-of-the-toolchain": "1"}}, "m", "may have been edited: write the recipe again"),
         ({"any_processor": False}, {}, "m", "The step prune gives the same files only on the same machine"),
         ({"any_processor": False}, {"toolchain": "9.9"}, "m", "install toolchain 9.9. The step prune gives"),
     ],

@@ -125,7 +125,10 @@ def _difference_hint(plan: Plan, row: BuiltVariant) -> str:
         return f"ONNX files contain the name of the model's folder: build with --as {recipe.model.name}."
     versions = {**hardware.versions(), "toolchain": toolchain.__version__}
     recorded = {**recipe.releases, **({"toolchain": recipe.toolchain} if recipe.toolchain else {})}
-    changes = [f"{name} {recorded[name]}" for name in recorded if versions.get(name) != recorded[name]]
+    known = ("python", "toolchain", *hardware.STACK)
+    changes = [
+        f"{name} {recorded[name]}" for name in known if name in recorded and recorded[name] != versions.get(name)
+    ]
     hints = [f"The recipe was built with other releases: install {', '.join(changes)}."] if changes else []
     if not row.any_processor:
         hints.append(
