@@ -10,6 +10,7 @@ import sys
 import tomllib
 
 import jsonschema
+import numpy as np
 import pytest
 from conftest import DEFAULT_VARIANTS, ROOT, make_checkpoint
 
@@ -407,9 +408,7 @@ for name, artifact in ensure(workspace, sys.argv[3:], {}, lambda line: None).ite
 @pytest.mark.slow
 def test_other_instructions_give_the_same_ids(built_tiny, tmp_path):
     """Compares ids with those of a process whose PyTorch and numpy use only the oldest vector instructions."""
-    from numpy._core import _multiarray_umath as umath
-
-    features = [name for name in umath.__cpu_dispatch__ if umath.__cpu_features__.get(name)]
+    features = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": " ".join(features)}
     names = ["onnx-int8", "onnx-int8-portable", "torch-bf16", "onnx-fp16"]
     command = [sys.executable, "-c", _BUILD, built_tiny.source.ref, tmp_path / "other", *names]
