@@ -393,7 +393,7 @@ def test_which_steps_repeat_on_any_processor(step, expected):
     assert repeats_on_any_processor(step) == expected
 
 
-# Builds the variants of which the documentation promises the same files on every processor.
+# Builds the variants of which the documentation promises the same files on every x86-64 processor.
 _BUILD = """
 import sys
 from pathlib import Path

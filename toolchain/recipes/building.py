@@ -37,7 +37,7 @@ class BuiltVariant:
         recipe_id: Id in the recipe; None if the recipe states none.
         built: Whether this command built the artifact; False if it was fresh.
         same_version: Whether the recipe states no version of the step, or the version of this release.
-        any_processor: Whether the step gives the same files on every processor; see `repeats_on_any_processor`.
+        any_processor: Whether the step gives the same files on every x86-64 processor; see `repeats_on_any_processor`.
     """
 
     variant: str
@@ -59,7 +59,7 @@ class BuiltVariant:
 
 
 def repeats_on_any_processor(step: Step) -> bool:
-    """Returns whether a step gives the same files on every processor with the same releases of all libraries.
+    """Returns whether a step gives the same files on every x86-64 processor, with the same releases of all libraries.
 
     Such a step copies, casts or rounds single numbers. All other steps add numbers, for example when they run the model
     on data. Processors add numbers in different orders, so the sums differ in their last digits. Other steps promise
