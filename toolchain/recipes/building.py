@@ -134,8 +134,8 @@ def _difference_hint(plan: Plan, row: BuiltVariant) -> str:
         hints.append(
             f"The step {row.step} gives the same files only on the same machine: build there, or accept this build."
         )
-    edited = f"The recipe's settings or id of {row.variant} may have been edited: write the recipe again."
-    return " ".join(hints) or edited
+    other = f"The recipe of {row.variant} may have been edited, or it comes from another kind of processor."
+    return " ".join(hints) or f"{other} Write a new recipe with `toolchain recipe`."
 
 
 def measure(plan: Plan, request: run.Request, say: Say, bar: Bar) -> tuple[ResultFile, Path]:
