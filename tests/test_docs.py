@@ -170,7 +170,18 @@ def clone(tmp_path_factory):
 def environment():
     variables = {**os.environ, "MAKEFLAGS": "MODEL=./my-checkpoint"}
     # The environment variables below make commands without --model use the tiny model instead of the reference model.
-    for command in ("EXPORT", "PRUNE", "QUANTIZE", "BENCH", "COMPARE", "VALIDATE", "VARIANTS", "PREDICT", "SHIP"):
+    for command in (
+        "EXPORT",
+        "PRUNE",
+        "QUANTIZE",
+        "BENCH",
+        "COMPARE",
+        "VALIDATE",
+        "VARIANTS",
+        "PREDICT",
+        "SHIP",
+        "RECIPE",
+    ):
         variables[f"TOOLCHAIN_{command}_MODEL"] = "my-checkpoint"
     # A benchmark of all default cells takes minutes, even with a tiny model.
     variables["TOOLCHAIN_BENCH_VARIANT"] = "torch-fp32 onnx-fp32 onnx-int8"

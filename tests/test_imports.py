@@ -28,7 +28,7 @@ FLOORS = [
     {"build"},
     {"bench", "compare", "finetune"},
     {"ship", "tuning"},
-    {"predict", "doctor", "step_requests"},
+    {"predict", "doctor", "recipes", "step_requests"},
     {"distributed"},
     {"cli", "interface"},
     {"reference", "__main__"},

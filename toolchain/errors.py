@@ -14,6 +14,7 @@
     * `DeviceMemoryError`: the device has too little memory for the model or a batch.
     * `ShippingError`: no bundle can be built from the chosen variants, or written to the chosen folder.
     * `BenchError`: a benchmark cannot measure a cell, or has no usable result.
+    * `RecipeError`: a recipe is unreadable or contradicts itself, or a checkpoint or data that it needs is missing.
     * `ClusterError`: the Ray cluster is unreachable, was lost, or has an unusable node.
     * `ResultFileError`: the result file cannot be read or written.
     * `SystemRefusalError`: the operating system refuses to read or write a file.
@@ -123,6 +124,10 @@ class ShippingError(ToolchainError):
 
 class BenchError(ToolchainError):
     """A benchmark cannot measure a cell, or has no usable result."""
+
+
+class RecipeError(ToolchainError):
+    """A recipe cannot be read, contradicts itself, or needs a checkpoint or training data that is not there."""
 
 
 class ClusterError(ToolchainError):

@@ -15,6 +15,7 @@ ATTACKS = {
     "data files": ("`predict`, `bench`, `finetune`: CSV, TSV, JSON lines, gzip, Parquet, saved datasets", 200),
     "records of a model": ("layer shapes, number formats, latency tables, and the location of a checkpoint", 200),
     "searches": ("`tune`, when it continues", 200),
+    "recipes": ("`build --dry-run`", 200),
     "ONNX graphs": ("the passes of `export` and `quantize`", 200),
     "bundles": ("`verify` and `predict`; the attacker corrects all digests", 200),
 }

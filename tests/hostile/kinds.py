@@ -1,6 +1,6 @@
 """The kinds of files that are attacked; `make fuzz` and `make test` run all of them."""
 
-from hostile import bundles, models, results
+from hostile import bundles, models, recipes, results
 from hostile.harness import Kind
 from hostile.mutations import mutate_bytes, mutate_json, mutate_lines
 
@@ -89,6 +89,13 @@ KINDS = (
         lambda folder: [folder / "output" / "search.journal"],
         mutate_lines,
         models.read_study,
+    ),
+    Kind(
+        "recipes",
+        recipes.write_recipe,
+        lambda folder: [folder / "recipe.toml"],
+        recipes.mutate_recipe,
+        recipes.plan_recipe,
     ),
     Kind(
         "ONNX graphs",

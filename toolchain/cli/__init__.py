@@ -16,6 +16,7 @@ import click
 
 from toolchain import __version__
 from toolchain.cli.bench import bench
+from toolchain.cli.build import build
 from toolchain.cli.compare import compare
 from toolchain.cli.doctor import doctor
 from toolchain.cli.exits import exits
@@ -25,6 +26,7 @@ from toolchain.cli.output import echo, echo_error, echo_usage_error
 from toolchain.cli.predict import predict
 from toolchain.cli.prune import prune
 from toolchain.cli.quantize import quantize
+from toolchain.cli.recipe import recipe
 from toolchain.cli.ship import ship
 from toolchain.cli.tune import tune
 from toolchain.cli.validate import validate
@@ -51,6 +53,8 @@ for command in (
     quantize,
     exits,
     tune,
+    recipe,
+    build,
     bench,
     compare,
     validate,

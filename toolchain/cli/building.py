@@ -1,4 +1,4 @@
-"""Builds variants for the commands export, prune and quantize."""
+"""Builds variants for the commands export, prune, quantize and exits, and prints plans."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from toolchain.cli.output import echo
 
 if TYPE_CHECKING:
     from toolchain.artifacts.steps import Step
+    from toolchain.build.pipeline import VariantPlan
     from toolchain.build.workspace import Workspace
 
 
@@ -19,15 +20,21 @@ def build(workspace: Workspace, requested_steps: dict[str, Step], dry_run: bool)
         requested_steps: Steps with the user's settings, by variant name.
         dry_run: Whether to only print the plan.
     """
-    from toolchain.artifacts.steps import settings_of
     from toolchain.build.pipeline import ensure, plan
     from toolchain.cli.progress import bar, say
 
     if dry_run:
         for item in plan(workspace, requested_steps, requested_steps):
-            settings = ", ".join(f"{key}={value}" for key, value in settings_of(item.step).items())
-            echo(f"{item.variant.name}: {f'build ({item.reason})' if item.reason else 'skip (fresh)'}; {settings}")
+            echo(plan_line(item))
         return
     artifacts = ensure(workspace, requested_steps, requested_steps, say, bar)
     for name in requested_steps:
         echo(artifacts[name].path)
+
+
+def plan_line(item: VariantPlan) -> str:
+    """Returns the line of a dry run about one variant."""
+    from toolchain.artifacts.steps import settings_of
+
+    settings = ", ".join(f"{key}={value}" for key, value in settings_of(item.step).items())
+    return f"{item.variant.name}: {f'build ({item.reason})' if item.reason else 'skip (fresh)'}; {settings}"

@@ -32,8 +32,8 @@ def debug_option(command: F) -> F:
     return click.option("--debug", is_flag=True, expose_value=False, callback=set_debug, help=text)(command)
 
 
-def model_options(command: F) -> F:
-    """Adds --model, --as, --exported and --debug, for every command that works on a model."""
+def folder_options(command: F) -> F:
+    """Adds --as and --exported, for every command that works on artifacts."""
     for option in (
         click.option(
             "--exported",
@@ -48,16 +48,16 @@ def model_options(command: F) -> F:
             metavar="NAME",
             help="Name of the model's folder under --exported.  [default: the model's own name]",
         ),
-        click.option(
-            "--model",
-            default="reference",
-            show_default=True,
-            help="The model: `reference` (embedded), a folder, or a hub id.",
-        ),
-        debug_option,
     ):
         command = option(command)
     return command
+
+
+def model_options(command: F) -> F:
+    """Adds --model, --as, --exported and --debug, for every command that works on a model."""
+    text = "The model: `reference` (embedded), a folder, or a hub id."
+    option = click.option("--model", default="reference", show_default=True, help=text)
+    return debug_option(option(folder_options(command)))
 
 
 def results_option(command: F) -> F:

@@ -110,7 +110,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         ProviderError: onnxruntime-extensions is not installed.
     """
     target = TARGETS[order.target]
-    _check_names(order.variants, target)
+    check_names(order.variants, target)
     if order.with_tokenizer and target.no_tokenizer_reason:
         raise ShippingError(
             f"A bundle for {target.name} cannot have the tokenizer in the graph: {target.no_tokenizer_reason}.",
@@ -170,7 +170,7 @@ def _ship(workspace: Workspace, order: Order, artifacts: Sequence[Artifact], out
         _app_settings(order, artifacts),
     )
     with lock(output, lambda: say(f"{output}: another run is writing this bundle, waiting")):
-        _check_output(output)
+        check_output(output)
         return _publish(contents, output, say, order.signer)
 
 
@@ -263,7 +263,7 @@ def _compare_texts(file: Path, original: ReferenceLogits, encoder: Encoder, text
     return largest <= TOLERANCE, f"largest |Δlogit| {largest:.2g} over {len(deltas)} texts (limit {TOLERANCE:g})"
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Raises `ArtifactError` if `output` is a file, a folder without a bundle, or a modified bundle."""
     if not (output.exists() or output.is_symlink()):
         return
@@ -278,7 +278,7 @@ def _check_output(output: Path) -> None:
         raise ArtifactError(f"{output} was modified: {error.cause}.", hint) from error
 
 
-def _check_names(names: Sequence[str], target: Target) -> None:
+def check_names(names: Sequence[str], target: Target) -> None:
     """Raises `ShippingError` for a PyTorch variant, a repeated name, or two variants with the same bundle path."""
     variants_by_path: dict[str, str] = {}
     chosen = [variants.get(name) for name in names]
