@@ -20,7 +20,7 @@ _ACTIVE_IN_C = re.compile(rb"[^A-Za-z0-9 _.,-]")
 _LATEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "&%$#_{}"},
-        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", '"': r"\textquotedbl{}"},
+        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", '"': r"\char34{}"},
         **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "`": r"\textasciigrave{}"},
         # After a line break, LaTeX would read a bracket or a star as an argument.
         **{"'": r"\textquotesingle{}", "[": "{[}", "*": "{*}"},
