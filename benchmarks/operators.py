@@ -12,100 +12,23 @@ from __future__ import annotations
 
 import json
 import random
-import statistics
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
-import onnxruntime as ort
 
-from toolchain.artifacts.store import Artifact
-from toolchain.backends.ort import session_options
+from toolchain.bench.operators import TOTAL, OperatorProfiler, largest_parts, median_parts
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.cli.progress import bar, say
 from toolchain.data import inputs
-from toolchain.data.encoding import Encoder, pad
 from toolchain.system import hardware
 
 STUDY = Path(__file__).parent / "studies" / "operators-reference.json"
 DEFAULTS = ("onnx-fp32", "onnx-int8", "onnx-int8-static")
 SEED = 20
-SHOWN = 0.03  # smallest share of the time that a part needs for a line of its own
-TOKENISING, AROUND = "tokenising", "around operators"
-
-
-class Subject:
-    """A variant with two sessions of ONNX Runtime, one of them with the profiler."""
-
-    def __init__(self, artifact: Artifact, scratch: Path) -> None:
-        manifest = artifact.manifest
-        self.encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
-        self._artifact, self._scratch = artifact, scratch
-        self.session = self._open(session_options(1))
-
-    def _open(self, options: Any) -> ort.InferenceSession:
-        return ort.InferenceSession(str(self._artifact.onnx_path), options, providers=["CPUExecutionProvider"])
-
-    def batches(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """Tokenises each text, and returns the inputs of the graph for each text alone."""
-        return [
-            pad([ids], self.encoder.names, self.encoder.pad_id) for text in texts for ids in self.encoder.encode([text])
-        ]
-
-    def profile(self, texts: Sequence[str]) -> dict[str, float]:
-        """Returns the mean microseconds of each operator for a text."""
-        options = session_options(1)
-        options.enable_profiling = True
-        options.profile_file_prefix = str(self._scratch / "profile")
-        session, batches = self._open(options), self.batches(texts)
-        for batch in batches:
-            session.run(None, batch)
-        file = Path(session.end_profiling())
-        events = json.loads(file.read_text())
-        file.unlink()
-        return {operator: us / len(texts) for operator, us in operator_times(events).items()}
-
-
-def operator_times(events: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Returns the microseconds of each kind of operator.
-
-    An `If` node has no line of its own: its time contains the time of the nodes in its branch, which have events of
-    their own.
-    """
-    times: dict[str, int] = defaultdict(int)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            operator = event["args"]["op_name"]
-            if operator != "If":
-                times[operator] += event["dur"]
-    return times
-
-
-def mean_us(call: Callable[[], object], count: int) -> float:
-    """Returns the microseconds of a call, divided by `count`."""
-    started = time.perf_counter()
-    call()
-    return (time.perf_counter() - started) * 1e6 / count
-
-
-def measure_once(subject: Subject, texts: Sequence[str]) -> dict[str, float]:
-    """Returns the mean microseconds of a text in each part of the work, and `total`."""
-    batches = subject.batches(texts)
-    tokenising = mean_us(lambda: subject.batches(texts), len(texts))
-    running = mean_us(lambda: [subject.session.run(None, batch) for batch in batches], len(texts))
-    operators = subject.profile(texts)
-    around = running - sum(operators.values())
-    return {"total": tokenising + running, TOKENISING: tokenising, AROUND: around, **operators}
-
-
-def median_parts(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Returns the median over the rounds of each part of the work."""
-    return {name: round(statistics.median(each.get(name, 0.0) for each in rounds), 1) for name in rounds[0]}
 
 
 @click.command()
@@ -119,11 +42,11 @@ def main(variants: tuple[str, ...], rounds: int, exported: Path) -> None:
     texts = list(inputs.load_embedded().texts)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch, bar("operators") as progress:
-        subjects = {name: Subject(artifacts[name], Path(scratch)) for name in names}
+        profilers = {name: OperatorProfiler(artifacts[name], Path(scratch)) for name in names}
         for turn in range(rounds):
             progress(turn, rounds, "rounds")
             for name in random.Random(SEED + turn).sample(names, len(names)):
-                results[name].append(measure_once(subjects[name], texts))
+                results[name].append(profilers[name].measure(texts))
     rows = {name: median_parts(each) for name, each in results.items()}
     body = {"schema": 1, "machine": hardware.machine(), "rounds": rounds, "texts": len(texts), "microseconds": rows}
     STUDY.write_text(json.dumps(body, indent=1) + "\n")
@@ -135,11 +58,8 @@ def summary(body: Mapping[str, Any]) -> list[str]:
     """Returns the results of this benchmark as the lines of a text table, the largest parts of each variant first."""
     lines = []
     for name, row in body["microseconds"].items():
-        lines.append(f"{name}: {row['total']:.0f} µs from text to label")
-        parts = sorted(((us, part) for part, us in row.items() if part != "total"), reverse=True)
-        shown = [(us, part) for us, part in parts if us >= SHOWN * row["total"]]
-        rest = row["total"] - sum(us for us, _ in shown)
-        lines += [f"  {part:24} {us / row['total']:6.1%}" for us, part in [*shown, (rest, "all other parts")]]
+        lines.append(f"{name}: {row[TOTAL]:.0f} µs from text to label")
+        lines += [f"  {part:24} {us / row[TOTAL]:6.1%}" for part, us in largest_parts(row)]
     return lines
 
 

@@ -170,7 +170,18 @@ def clone(tmp_path_factory):
 def environment():
     variables = {**os.environ, "MAKEFLAGS": "MODEL=./my-checkpoint"}
     # The environment variables below make commands without --model use the tiny model instead of the reference model.
-    for command in ("EXPORT", "PRUNE", "QUANTIZE", "BENCH", "COMPARE", "VALIDATE", "VARIANTS", "PREDICT", "SHIP"):
+    for command in (
+        "EXPORT",
+        "PRUNE",
+        "QUANTIZE",
+        "BENCH",
+        "COMPARE",
+        "VALIDATE",
+        "VARIANTS",
+        "PREDICT",
+        "SHIP",
+        "EXPLAIN",
+    ):
         variables[f"TOOLCHAIN_{command}_MODEL"] = "my-checkpoint"
     # A benchmark of all default cells takes minutes, even with a tiny model.
     variables["TOOLCHAIN_BENCH_VARIANT"] = "torch-fp32 onnx-fp32 onnx-int8"
@@ -229,6 +240,8 @@ def test_the_blocks_of_a_page_run_in_order(page, clone, environment_folder, envi
     [
         ("variants MODEL", {"settings"}),
         ("validate onnx-int8 MODEL", {"grid_largest_delta"}),
+        ("explain onnx-int8 MODEL --profile", {"settings", "by_part", "by_dtype", "files", "parts_us"}),
+        ("explain onnx-int8 MODEL", {"settings", "by_part", "by_dtype", "files"}),
         ("doctor", set()),
         ("compare RUN", {"facts", "memory_bytes", "size_bytes", "noise", "quality"}),
         ("compare RUN --max-drop 2 --provider cpu", {"rows"}),

@@ -28,7 +28,7 @@ FLOORS = [
     {"build"},
     {"bench", "compare", "finetune"},
     {"ship", "tuning"},
-    {"predict", "doctor"},
+    {"predict", "doctor", "explain"},
     {"distributed"},
     {"cli"},
     {"reference", "__main__"},
