@@ -242,6 +242,7 @@ def test_the_blocks_of_a_page_run_in_order(page, clone, environment_folder, envi
         ("validate onnx-int8 MODEL", {"grid_largest_delta"}),
         ("explain onnx-int8 MODEL --profile", {"settings", "by_part", "by_dtype", "files", "parts_us"}),
         ("explain onnx-int8 MODEL", {"settings", "by_part", "by_dtype", "files"}),
+        ("explain E-DATA", set()),
         ("doctor", set()),
         ("compare RUN", {"facts", "memory_bytes", "size_bytes", "noise", "quality"}),
         ("compare RUN --max-drop 2 --provider cpu", {"rows"}),
