@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from toolchain.cli.completion import complete_variants_or_codes
 from toolchain.cli.options import data_options, json_option, model_options, open_workspace, results_option
 from toolchain.cli.output import echo, echo_json
 from toolchain.system.escaping import escape_line
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("name", metavar="VARIANT|CODE")
+@click.argument("name", metavar="VARIANT|CODE", shell_complete=complete_variants_or_codes)
 @click.option(
     "--profile",
     is_flag=True,
