@@ -18,6 +18,7 @@ from toolchain.compare.report.columns import EXIT_COLUMNS, Column, columns
 from toolchain.compare.report.markdown import to_markdown
 from toolchain.compare.report.notes import notes
 from toolchain.compare.rows import Row, compare
+from toolchain.explain.error_texts import error_page
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
 
@@ -72,6 +73,7 @@ def parts() -> dict[str, str]:
         "saturation": _study("saturation"),
         "commands": _commands(),
         "attacks": _attacks(),
+        "errors": error_page(),
     }
 
 

@@ -181,6 +181,7 @@ def environment():
         "PREDICT",
         "SHIP",
         "RECIPE",
+        "EXPLAIN",
     ):
         variables[f"TOOLCHAIN_{command}_MODEL"] = "my-checkpoint"
     # A benchmark of all default cells takes minutes, even with a tiny model.
@@ -240,6 +241,9 @@ def test_the_blocks_of_a_page_run_in_order(page, clone, environment_folder, envi
     [
         ("variants MODEL", {"settings"}),
         ("validate onnx-int8 MODEL", {"grid_largest_delta"}),
+        ("explain onnx-int8 MODEL --profile", {"settings", "by_part", "by_dtype", "files", "operator_shares"}),
+        ("explain onnx-int8 MODEL", {"settings", "by_part", "by_dtype", "files"}),
+        ("explain E-DATA", set()),
         ("doctor", set()),
         ("compare RUN", {"facts", "memory_bytes", "size_bytes", "noise", "quality"}),
         ("compare RUN --max-drop 2 --provider cpu", {"rows"}),

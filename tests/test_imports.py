@@ -28,7 +28,7 @@ FLOORS = [
     {"build"},
     {"bench", "compare", "finetune"},
     {"ship", "tuning"},
-    {"predict", "doctor", "recipes", "step_requests"},
+    {"predict", "doctor", "explain", "recipes", "step_requests"},
     {"distributed"},
     {"cli", "interface"},
     {"reference", "__main__"},

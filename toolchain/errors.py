@@ -39,9 +39,11 @@ class ToolchainError(Exception):
         cause: A sentence that states the problem.
         hint: A sentence that states the fix; empty if there is none.
         exit_code: Exit code of the process.
+        code: Code of the error; `toolchain explain CODE` explains it.
     """
 
     exit_code = 1
+    code = "E-FAILED"
 
     def __init__(self, cause: str, hint: str = "") -> None:
         super().__init__(cause, hint)
@@ -55,27 +57,39 @@ class ToolchainError(Exception):
 class SettingsError(ToolchainError):
     """A setting of a step has no valid value, or two settings of a step exclude each other."""
 
+    code = "E-SETTINGS"
+
     exit_code = 2
 
 
 class UnknownVariantError(ToolchainError):
     """The model has no variant with the requested name."""
 
+    code = "E-VARIANT"
+
 
 class CheckpointError(ToolchainError):
     """The checkpoint cannot be read, is unsafe to read, or is not a sequence classifier."""
+
+    code = "E-CHECKPOINT"
 
 
 class HubError(CheckpointError):
     """The model hub is unreachable, or refuses a request."""
 
+    code = "E-HUB"
+
 
 class DataError(ToolchainError):
     """Columns, labels or rows of the data are missing or unusable."""
 
+    code = "E-DATA"
+
 
 class ArtifactError(ToolchainError):
     """An artifact folder cannot be read, written or replaced."""
+
+    code = "E-ARTIFACT"
 
     @classmethod
     def unwritable(cls, folder: Path, error: OSError) -> ArtifactError:
@@ -90,21 +104,31 @@ class ArtifactError(ToolchainError):
 class TamperedError(ArtifactError):
     """The files of an artifact do not match the digests in its manifest."""
 
+    code = "E-TAMPERED"
+
 
 class PruningError(ToolchainError):
     """The architecture, the ratio or another setting does not allow pruning, or a file of latencies is invalid."""
+
+    code = "E-PRUNING"
 
 
 class GraphError(ToolchainError):
     """An ONNX graph cannot be read, or does not meet the precondition of a pass."""
 
+    code = "E-GRAPH"
+
 
 class ProviderError(ToolchainError):
     """An execution provider is unavailable, or a session runs on another provider than requested."""
 
+    code = "E-PROVIDER"
+
 
 class DeviceMemoryError(ToolchainError):
     """A device has too little memory for the model or a batch."""
+
+    code = "E-MEMORY"
 
     @classmethod
     def failed_allocation(cls, size_bytes: int | None) -> DeviceMemoryError:
@@ -121,21 +145,31 @@ class DeviceMemoryError(ToolchainError):
 class ShippingError(ToolchainError):
     """A bundle cannot be built from the chosen variants, for the chosen target, or in the chosen folder."""
 
+    code = "E-SHIPPING"
+
 
 class BenchError(ToolchainError):
     """A benchmark cannot measure a cell, or has no usable result."""
+
+    code = "E-BENCH"
 
 
 class RecipeError(ToolchainError):
     """A recipe cannot be read, contradicts itself, or needs a checkpoint or training data that is not there."""
 
+    code = "E-RECIPE"
+
 
 class ClusterError(ToolchainError):
     """A Ray cluster is unreachable, was lost, or has an unusable node."""
 
+    code = "E-CLUSTER"
+
 
 class ResultFileError(ToolchainError):
     """A result file is truncated, has another schema, contradicts itself, or cannot be written."""
+
+    code = "E-RESULT"
 
     @classmethod
     def unwritable(cls, path: Path, error: OSError) -> ResultFileError:
@@ -145,6 +179,8 @@ class ResultFileError(ToolchainError):
 
 class SystemRefusalError(ToolchainError):
     """The operating system refuses to read or write a file, for example because the disk is full or read-only."""
+
+    code = "E-SYSTEM"
 
     @classmethod
     def from_os_error(cls, error: OSError) -> SystemRefusalError:
@@ -158,5 +194,7 @@ class SystemRefusalError(ToolchainError):
 
 class VerdictError(ToolchainError):
     """A check, such as a validation or a comparison with a limit, completed with a negative result."""
+
+    code = "E-VERDICT"
 
     exit_code = 3

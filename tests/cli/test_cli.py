@@ -327,7 +327,7 @@ def test_debug_keeps_the_exit_code(working_folder, say, monkeypatch):
     code, _, err = say("validate", "onnx-int8", "--debug")
     assert code == 3
     assert "Traceback" in err
-    assert err.endswith("Error: No. Do better.\n")
+    assert err.endswith("Error: No. Do better. [E-VERDICT]\n")
 
 
 def test_output_works_in_an_ascii_terminal(working_folder):

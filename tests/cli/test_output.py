@@ -33,7 +33,7 @@ def test_every_command_prints_through_one_function(path):
 def test_an_error_of_a_hostile_file_is_one_visible_line(capsys):
     output.echo_error(DataError(f"The label {ATTACK}\nError: forged.", "Correct it."))
     assert capsys.readouterr().err == (
-        "Error: The label \\x1b[31mred\\x9b2J\\u202e\\x07\\nError: forged. Correct it.\n"
+        "Error: The label \\x1b[31mred\\x9b2J\\u202e\\x07\\nError: forged. Correct it. [E-DATA]\n"
     )
 
 
@@ -41,7 +41,7 @@ def test_a_long_cause_is_shortened_and_its_hint_stays(capsys):
     output.echo_error(DataError("x" * 10**6, "Correct it."))
     line = capsys.readouterr().err
     assert len(line) < output.MAX_CAUSE + 100
-    assert line.endswith("… Correct it.\n")
+    assert line.endswith("… Correct it. [E-DATA]\n")
 
 
 def test_progress_shows_escapes(capsys):

@@ -302,7 +302,7 @@ def test_a_release_that_computes_padded_batches_wrongly_is_refused(tiny, tmp_pat
         "Error: onnx-fp32 uses MultiHeadAttention with key_padding_mask longer than the query (correct from 1.21 on), "
         "but ONNX Runtime 1.20 refuses padded batches with such attention, or computes them incorrectly. Ship a "
         "variant with standard operators of opset 18, such as onnx-std. Or ship onnx-fp32 with --ort-mobile 1.21 or "
-        "newer."
+        "newer. [E-SHIPPING]"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported"]
     (model,) = ship(tiny, tmp_path / "b", "onnx-fp32", ort_mobile="1.21")["models"]

@@ -1,9 +1,68 @@
-"""One-line summaries of facts in a manifest, for the output of a build and the notes of a report."""
+"""One-line summaries of facts in a manifest, for the output of a build, the notes of a report, and `explain`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from toolchain.artifacts.steps import Exits, Prune, Quantize, Recover, Step
+
+# The effect of each pass in `toolchain.passes.PASSES`. A pass whose name only adds a form, such as
+# ``quantize-linear-int4``, has the text of the longest name here with which its name begins.
+PASS_EFFECTS = {
+    "fuse": "groups of nodes became one fused operator of ONNX Runtime",
+    "half": "weights were converted to fp16",
+    "residual-sum": "residual additions were kept out of a slow fused kernel",
+    "first-token": "nodes of the last layer now compute only the first token, which the classifier reads",
+    "first-query": "attention nodes now compute the query of the first token only",
+    "split-attention": "fused attention nodes were split into standard operators",
+    "trim-vocabulary": "embedding tables lost the rows of the removed tokens",
+    "padding": "embeddings of padding tokens were replaced, so that padding changes no activation scale",
+    "quantize-linear": "linear layers, or groups of them with one input, now multiply 8-bit integers",
+    "quantize-linear-int4": "linear layers now have weights of 4 bits",
+    "smooth": "inputs of linear layers were rescaled, so that outliers lose less in int8",
+    "quantize-embedding": "embedding look-ups now read 8-bit tables",
+    "quantize-embedding-int4": "embedding look-ups now read 4-bit tables",
+    "exits": "exits were added",
+}
+
+
+def summarize_step(step: Step, facts: Mapping[str, Any]) -> str:
+    """Returns a summary of pruning, recovery, exits or vocabulary trimming; empty for other steps or without the fact.
+
+    Args:
+        step: The step that built the artifact.
+        facts: Facts of the artifact's manifest.
+    """
+    summaries = {
+        Prune: ("pruning", summarize_pruning),
+        Recover: ("recovery", summarize_recovery),
+        Exits: ("exits", summarize_exits),
+        Quantize: ("vocabulary", summarize_vocabulary),
+    }
+    name, summarize = summaries.get(type(step), ("", None))
+    return summarize(facts[name]) if summarize and name in facts else ""
+
+
+def summarize_rewrites(counts: Mapping[str, int]) -> list[str]:
+    """Returns a line for each pass: its name, its number of rewrites, and its effect; `counts` is ``rewrites``."""
+    lines = []
+    for name, count in counts.items():
+        known = [effect for effect in PASS_EFFECTS if name == effect or name.startswith(f"{effect}-")]
+        effect = f": {PASS_EFFECTS[max(known, key=len)]}" if known else ""
+        rewrites = "1 rewrite" if count == 1 else f"{count} rewrites"
+        lines.append(f"pass {name}, {rewrites}{effect}" if count else f"pass {name} found nothing to rewrite")
+    return lines
+
+
+def summarize_headroom(headroom: float) -> str:
+    """Returns a one-line summary of the fact ``int8_headroom``."""
+    if headroom >= 1:
+        return f"int8 products saturate on no processor (headroom {headroom:.2f})"
+    return (
+        f"int8 products can saturate on x86 processors without VNNI (headroom {headroom:.2f}); the toolchain sets a "
+        "session option there, which prevents this"
+    )
 
 
 def summarize_pruning(facts: Mapping[str, Any]) -> str:

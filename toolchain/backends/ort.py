@@ -127,7 +127,7 @@ def extreme_product() -> bytes:
     return content
 
 
-def _path_or_content(path: Path, exact: bool) -> str | bytes:
+def exact_model(path: Path, *, exact: bool) -> str | bytes:
     """Returns the path of the model file; if the model must change to be exact, returns the changed model as bytes.
 
     An .onnx model must change if `exact` is true, its layers share int8 weights, and 8-bit products saturate on this
@@ -178,7 +178,7 @@ class OrtSession:
         path = folder if folder.suffix in (".onnx", ".ort") else folder / "model.onnx"
         try:
             self._session = ort.InferenceSession(
-                _path_or_content(path, place.exact), options, providers=[(provider, device)]
+                exact_model(path, exact=place.exact), options, providers=[(provider, device)]
             )
         except state.NotImplemented as error:
             raise GraphError(

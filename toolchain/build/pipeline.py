@@ -202,7 +202,7 @@ def ensure(
             f"{name}: {verb} in {time.monotonic() - start:.1f} s, {manifest.size_bytes / 1e6:.1f} MB; "
             f"valid: {validation_summary(dict(manifest.validation))}"
         )
-        if summary := _step_summary(item.step, manifest.facts):
+        if summary := fact_summaries.summarize_step(item.step, manifest.facts):
             say(f"{name}: {summary}")
     return artifacts
 
@@ -225,18 +225,6 @@ def skip_fresh_events(say: Say) -> Say:
             say(event)
 
     return say_unless_fresh
-
-
-def _step_summary(step: Step, facts: Mapping[str, Any]) -> str:
-    """Returns a summary of pruning, recovery, exits or vocabulary trimming; empty for other steps."""
-    if isinstance(step, Prune):
-        return fact_summaries.summarize_pruning(facts["pruning"])
-    if isinstance(step, Recover):
-        return fact_summaries.summarize_recovery(facts["recovery"])
-    if isinstance(step, Exits):
-        return fact_summaries.summarize_exits(facts["exits"])
-    trimmed = isinstance(step, Quantize) and step.trim_vocab
-    return fact_summaries.summarize_vocabulary(facts["vocabulary"]) if trimmed else ""
 
 
 def _build(

@@ -20,6 +20,7 @@ from toolchain.cli.build import build
 from toolchain.cli.compare import compare
 from toolchain.cli.doctor import doctor
 from toolchain.cli.exits import exits
+from toolchain.cli.explain import explain
 from toolchain.cli.export import export
 from toolchain.cli.finetune import finetune
 from toolchain.cli.output import echo, echo_error, echo_usage_error
@@ -62,6 +63,7 @@ for command in (
     verify,
     predict,
     variants,
+    explain,
     doctor,
 ):
     cli.add_command(command)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolchain.cli.compare import show
+from toolchain.cli.completion import complete_variants
 from toolchain.cli.options import (
     RAY,
     data_options,
@@ -37,7 +38,12 @@ if TYPE_CHECKING:
     help="Measure only on this execution provider. Can be repeated.",
 )
 @click.option(
-    "--variant", "names", multiple=True, metavar="VARIANT", help="Measure only this variant. Can be repeated."
+    "--variant",
+    "names",
+    multiple=True,
+    metavar="VARIANT",
+    shell_complete=complete_variants,
+    help="Measure only this variant. Can be repeated.",
 )
 @click.option("--quick", is_flag=True, help="Measure each cell (variant on a provider) for about 20 s instead of 60 s.")
 @click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from toolchain.cli.completion import complete_variants
 from toolchain.cli.options import json_option, model_options, open_workspace, results_option
 from toolchain.cli.output import echo, echo_json
 
@@ -80,7 +81,12 @@ def gate_options(command: F) -> F:
 
 @click.command()
 @click.argument("results", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--baseline", metavar="CELL", help="Compare with this variant or cell.  [default: torch-fp32@cpu]")
+@click.option(
+    "--baseline",
+    metavar="CELL",
+    shell_complete=complete_variants,
+    help="Compare with this variant or cell.  [default: torch-fp32@cpu]",
+)
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="Show only rows of this execution provider.")
 @click.option(
     "--filter",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolchain.cli.building import build
+from toolchain.cli.completion import complete_variants
 from toolchain.cli.options import dry_run_option, model_options, name_option, open_workspace, training_options
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def _layers(context: click.Context, parameter: click.Parameter, value: str | Non
     "parents",
     multiple=True,
     metavar="VARIANT",
+    shell_complete=complete_variants,
     help="ONNX variant that gets exits; the option can be repeated.  [default: onnx-int8]",
 )
 @click.option(

@@ -9,6 +9,7 @@ import click
 
 from toolchain.artifacts.steps import OPTIMIZE_PASSES
 from toolchain.cli.building import build
+from toolchain.cli.completion import complete_folders, complete_variants
 from toolchain.cli.options import (
     dry_run_option,
     model_options,
@@ -24,6 +25,7 @@ from toolchain.exporters import EXPORTERS
 @click.option(
     "--base",
     metavar="FOLDER|ID",
+    shell_complete=complete_folders,
     help="Base model of a LoRA adapter; later commands use it too.  [default: the hub model that the adapter names]",
 )
 @click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX opset.")
@@ -49,6 +51,7 @@ from toolchain.exporters import EXPORTERS
     default=["torch-fp32"],
     show_default=True,
     metavar="VARIANT",
+    shell_complete=complete_variants,
     help="PyTorch variant to export. Can be repeated.",
 )
 @no_pass_option(list(dict.fromkeys(chain(*OPTIMIZE_PASSES.values()))), "Omit this pass from the optimised graph")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from toolchain.cli.completion import complete_folders
 from toolchain.cli.options import DATA, debug_option, json_option, training_options
 from toolchain.cli.output import echo, echo_json
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     "--base",
     default="distilbert/distilbert-base-uncased",
     show_default=True,
+    shell_complete=complete_folders,
     help="Model to train: `reference` (embedded), a folder, or a hub id, with or without a classification head.",
 )
 @click.option("--revision", help="Branch, tag or commit of a base model on the hub.")

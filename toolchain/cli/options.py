@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from toolchain.artifacts.names import LABEL
+from toolchain.cli.completion import complete_files, complete_models
 from toolchain.results.folder import DEFAULT_FOLDER
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def folder_options(command: F) -> F:
 def model_options(command: F) -> F:
     """Adds --model, --as, --exported and --debug, for every command that works on a model."""
     text = "The model: `reference` (embedded), a folder, or a hub id."
-    option = click.option("--model", default="reference", show_default=True, help=text)
+    option = click.option("--model", default="reference", show_default=True, shell_complete=complete_models, help=text)
     return debug_option(option(folder_options(command)))
 
 
@@ -177,13 +178,17 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(train=TrainingSource(train_data, arguments.pop("columns"), arguments.pop("split")), **arguments)
 
     text = f"Training data: {DATA}.  [default: the embedded SST-2]"
-    return click.option("--train-data", metavar="DATA", help=text)(_columns_options(run_command, "train"))
+    return click.option("--train-data", metavar="DATA", shell_complete=complete_files, help=text)(
+        _columns_options(run_command, "train")
+    )
 
 
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options for evaluation data, which a command receives as `data`, `columns` and `split`."""
     text = f"Evaluation data: {DATA}.  [default: the embedded SST-2]"
-    return click.option("--data", metavar="DATA", help=text)(_columns_options(command, "validation"))
+    return click.option("--data", metavar="DATA", shell_complete=complete_files, help=text)(
+        _columns_options(command, "validation")
+    )
 
 
 def _columns_options(command: Callable[..., Any], default_split: str) -> Callable[..., Any]:

@@ -30,9 +30,9 @@ def echo_json(value: Any, **options: Any) -> None:
 
 
 def echo_error(error: ToolchainError) -> None:
-    """Prints an error, with its cause and its hint, as one line on standard error."""
+    """Prints an error, with its cause, its hint and its code, as one line on standard error."""
     cause = error.cause if len(error.cause) <= MAX_CAUSE else f"{error.cause[:MAX_CAUSE]} …"
-    echo(escape_line(f"Error: {cause} {error.hint}".rstrip()), err=True)
+    echo(escape_line(f"Error: {f'{cause} {error.hint}'.rstrip()} [{error.code}]"), err=True)
 
 
 def echo_usage_error(error: click.ClickException) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
+from toolchain.cli.completion import complete_files, complete_variants_or_folders
 from toolchain.cli.options import RAY, engine_options, model_options, open_workspace
 from toolchain.cli.output import echo
 
 
 @click.command()
-@click.argument("source", metavar="VARIANT|BUNDLE")
-@click.argument("file", default="-", metavar="[FILE]")
+@click.argument("source", metavar="VARIANT|BUNDLE", shell_complete=complete_variants_or_folders)
+@click.argument("file", default="-", metavar="[FILE]", shell_complete=complete_files)
 @click.option("--text-column", help="Column of texts.  [default: sentence, text or tokens]")
 @click.option("--text-pair-column", "pair_column", help="Column of second texts, if each row is a pair.")
 @click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolchain.cli.building import build
+from toolchain.cli.completion import complete_variants
 from toolchain.cli.options import (
     dry_run_option,
     model_options,
@@ -68,7 +69,15 @@ if TYPE_CHECKING:
     is_flag=True,
     help="With --recover: also train the early layers for early exits, so that `toolchain exits` saves more work.",
 )
-@click.option("--from", "parent", default="torch-fp32", show_default=True, metavar="VARIANT", help="Variant to prune.")
+@click.option(
+    "--from",
+    "parent",
+    default="torch-fp32",
+    show_default=True,
+    metavar="VARIANT",
+    shell_complete=complete_variants,
+    help="Variant to prune.",
+)
 @training_options
 @name_option
 @dry_run_option

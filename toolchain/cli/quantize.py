@@ -11,6 +11,7 @@ import click
 
 from toolchain.artifacts.steps import QUANTIZE_PASSES, QUANTIZED
 from toolchain.cli.building import build
+from toolchain.cli.completion import complete_files, complete_variants
 from toolchain.cli.options import (
     dry_run_option,
     json_option,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     "parents",
     multiple=True,
     metavar="VARIANT",
+    shell_complete=complete_variants,
     help="Variant to quantise; the option can be repeated.  [default: onnx-fp32 for ort (onnx-std for fp16 on CUDA), "
     "else torch-fp32]",
 )
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
 @click.option(
     "--trim-vocab",
     metavar="CORPUS",
+    shell_complete=complete_files,
     help="ort only: drop tokens that do not occur in CORPUS. The vocabulary and the embedding table become smaller. "
     "CORPUS is a file or folder of texts, or `train` for the training data. --text-column names the column of texts.",
 )

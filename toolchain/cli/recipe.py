@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from toolchain.cli.completion import complete_variants
 from toolchain.cli.options import model_options, open_workspace
 from toolchain.cli.output import echo
 
 
 @click.command()
-@click.argument("variant")
+@click.argument("variant", shell_complete=complete_variants)
 @model_options
 def recipe(variant: str, model: str, exported: Path, folder_name: str | None) -> None:
     """Print the recipe of VARIANT: checkpoint, training data, and each step with its settings and the artifact's id.

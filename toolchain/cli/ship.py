@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from toolchain.cli.completion import complete_variants
 from toolchain.cli.options import json_option, model_options, open_workspace, results_option
 from toolchain.cli.output import echo, echo_json
 from toolchain.results.session_file import LATENCY, OBJECTIVES, SessionFile
@@ -35,7 +36,7 @@ def _parse_destination(context: click.Context, parameter: click.Parameter, value
 
 
 @click.command()
-@click.argument("variants", nargs=-1, metavar="[VARIANT]...")
+@click.argument("variants", nargs=-1, metavar="[VARIANT]...", shell_complete=complete_variants)
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from toolchain.cli.completion import complete_files, complete_variants
 from toolchain.cli.options import DATA, json_option, model_options, open_workspace, results_option, training_options
 from toolchain.cli.output import echo, echo_json
 
@@ -60,11 +61,17 @@ class Duration(click.ParamType):
     show_default=True,
     help="Time for the search. A trial that is running when the budget ends still finishes.",
 )
-@click.option("--data", metavar="DATA", help=f"Data for the final measurement: {DATA}.  [default: the embedded SST-2]")
+@click.option(
+    "--data",
+    metavar="DATA",
+    shell_complete=complete_files,
+    help=f"Data for the final measurement: {DATA}.  [default: the embedded SST-2]",
+)
 @click.option(
     "--session",
     "variant",
     metavar="VARIANT",
+    shell_complete=complete_variants,
     help="Search for the best settings of ONNX Runtime for this variant instead, on the sentences of --data.",
 )
 @click.option(

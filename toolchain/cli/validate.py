@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from toolchain.cli.completion import complete_variants
 from toolchain.cli.options import json_option, model_options, open_workspace, training_options
 from toolchain.cli.output import echo, echo_json
 from toolchain.errors import VerdictError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("variant")
+@click.argument("variant", shell_complete=complete_variants)
 @training_options
 @json_option
 @model_options

@@ -42,6 +42,7 @@ TOKENIZER_FILES = (
     *SENTENCEPIECE_FILES,
 )
 MAX_NAME = 100  # Maximum number of characters in the name of a model's folder.
+FOLDER_NAME = re.compile(rf"[a-z0-9][a-z0-9._-]{{0,{MAX_NAME - 1}}}")  # of a model, under `exported`
 # File in the folder of a pruned model, with the numbers of heads and FFN neurons of each layer.
 SHAPES = "layer_shapes.json"
 # File in the folder of a quantised PyTorch model. The file states in which number format the weights are stored.
@@ -68,10 +69,8 @@ def resolve(model: str, exported: Path, folder_name: str | None = None) -> tuple
         CheckpointError: No source matches `model`, the folder name is invalid, or the folder belongs to another source.
     """
     source = locate(model, exported)
-    folder_name = folder_name or (
-        model if source.kind == "embedded" else _slug(model if source.kind == "hub" else Path(model).resolve().name)
-    )
-    if not re.fullmatch(rf"[a-z0-9][a-z0-9._-]{{0,{MAX_NAME - 1}}}", folder_name):
+    folder_name = folder_name or default_folder_name(model)
+    if not FOLDER_NAME.fullmatch(folder_name):
         raise CheckpointError(
             f"{folder_name[:MAX_NAME]!r} is not a valid folder name.",
             f"Use at most {MAX_NAME} lower-case letters, digits, '.', '_' and '-'.",
@@ -120,6 +119,12 @@ def locate(model: str, exported: Path | None = None) -> Source:
             f"There is no folder {model}.", "Pass a folder, a hub id such as user/name, or `reference`."
         )
     return Source("hub", model)
+
+
+def default_folder_name(model: str) -> str:
+    """Returns the folder name under `exported` for the value of `--model`, without `--as`."""
+    path = Path(model)
+    return _slug(path.resolve().name if path.is_dir() else model)
 
 
 def _slug(text: str) -> str:

@@ -67,7 +67,7 @@ class ResultsFolder:
         Raises:
             BenchError: No run measured the model.
         """
-        runs = [run for run in self._read_all(say) if any(row.model == model for row in run.rows)]
+        runs = [run for _, run in self._read_all(say) if any(row.model == model for row in run.rows)]
         if not runs:
             raise BenchError(
                 f"There is no result of {model} in {self.path}.", f"Measure {model} with `toolchain bench`."
@@ -77,16 +77,25 @@ class ResultsFolder:
     def measurements_of(self, ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
         """Returns, for each measured artifact in `ids`, the newest run that measured it and the artifact's row."""
         newest: dict[str, tuple[ResultFile, Measurement]] = {}
-        for run in sorted(self._read_all(say), key=lambda run: run.created):
+        for run in sorted((run for _, run in self._read_all(say)), key=lambda run: run.created):
             for row in run.rows:
                 if row.status == "ok" and row.artifact_id in ids:
                     newest[str(row.artifact_id)] = run, row
         return newest
 
-    def _read_all(self, say: Say) -> Iterator[ResultFile]:
+    def runs_with(self, artifact_id: str, say: Say) -> list[tuple[Path, ResultFile]]:
+        """Returns the runs that measured the artifact, with the paths of their result files, newest first."""
+        runs = [
+            (path, run)
+            for path, run in self._read_all(say)
+            if any(row.status == "ok" and row.artifact_id == artifact_id for row in run.rows)
+        ]
+        return sorted(runs, key=lambda item: item[1].created, reverse=True)
+
+    def _read_all(self, say: Say) -> Iterator[tuple[Path, ResultFile]]:
         for path in [*sorted(self.path.glob("*.json")), *sorted(self.local.glob("*.json"))]:
             try:
-                yield ResultFile.read(path)
+                yield path, ResultFile.read(path)
             except ResultFileError as error:
                 say(f"ignored: {error}")  # an unreadable file is no error, because it may belong to another model
 

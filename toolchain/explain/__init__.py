@@ -1,0 +1,1 @@
+"""Explanations of variants and of errors: the content of `toolchain explain`."""
