@@ -10,6 +10,7 @@ import click
 
 from toolchain.cli.building import plan_line
 from toolchain.cli.compare import show
+from toolchain.cli.completion import complete_models
 from toolchain.cli.options import (
     debug_option,
     dry_run_option,
@@ -36,7 +37,12 @@ def _print_schema(context: click.Context, parameter: click.Parameter, value: boo
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--model", metavar="FOLDER|ID", help="The model, in place of the model that the recipe names.")
+@click.option(
+    "--model",
+    metavar="FOLDER|ID",
+    shell_complete=complete_models,
+    help="The model, in place of the model that the recipe names.",
+)
 @click.option("--base", metavar="FOLDER|ID", help="Base model of a LoRA adapter, in place of the recipe's.")
 @click.option(
     "--trim-vocab", metavar="CORPUS", help="File or folder of the texts with which the recipe's variants were trimmed."
