@@ -31,6 +31,8 @@ FLAGS = (
 # WebGPU on SwiftShader, a graphics processor in software
 WEBGPU_FLAGS = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 
+EXTENSION_FLAGS = ("--enable-unsafe-extension-debugging",)  # lets a debugger install extensions
+
 
 class Chromium:
     """A browser with one tab.
@@ -105,6 +107,20 @@ class Chromium:
             self._unread += part
         line, _, self._unread = self._unread.partition(b"\0")
         return json.loads(line)
+
+    def load_extension(self, folder: Path) -> str:
+        """Installs the extension in a folder, and returns its address. Needs the flags `EXTENSION_FLAGS`."""
+        return f"chrome-extension://{self.ask('Extensions.loadUnpacked', path=str(folder))['id']}/"
+
+    def attach(self, address: str) -> None:
+        """Sends all later commands to the target of an address, such as a service worker, when it exists."""
+        self._session, deadline = None, time.monotonic() + TIMEOUT_S
+        while not (found := [t for t in self.ask("Target.getTargets")["targetInfos"] if t["url"] == address]):
+            assert time.monotonic() < deadline, f"Chromium does not start {address}"
+            time.sleep(0.1)
+        target = found[0]["targetId"]
+        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.ask("Runtime.enable")
 
     def open(self, page: Path | str) -> None:
         """Loads the file or address, and waits until the page is complete."""
