@@ -108,18 +108,21 @@ class Chromium:
         line, _, self._unread = self._unread.partition(b"\0")
         return json.loads(line)
 
-    def load_extension(self, folder: Path) -> str:
-        """Installs the extension in a folder, and returns its address. Needs the flags `EXTENSION_FLAGS`."""
-        return f"chrome-extension://{self.ask('Extensions.loadUnpacked', path=str(folder))['id']}/"
+    def load_extension(self, folder: Path, worker: str) -> None:
+        """Installs the extension in a folder, and sends all later commands to its service worker.
 
-    def attach(self, address: str) -> None:
-        """Sends all later commands to the target of an address, such as a service worker, when it exists."""
-        self._session, deadline = None, time.monotonic() + TIMEOUT_S
-        while not (found := [t for t in self.ask("Target.getTargets")["targetInfos"] if t["url"] == address]):
+        The browser needs the flags `EXTENSION_FLAGS`.
+
+        Args:
+            worker: The file of the service worker.
+        """
+        self._session = None  # only the browser installs extensions, not a tab
+        extension = self.ask("Extensions.loadUnpacked", path=str(folder))["id"]
+        address, deadline = f"chrome-extension://{extension}/{worker}", time.monotonic() + TIMEOUT_S
+        while not (ids := [t["targetId"] for t in self.ask("Target.getTargets")["targetInfos"] if t["url"] == address]):
             assert time.monotonic() < deadline, f"Chromium does not start {address}"
             time.sleep(0.1)
-        target = found[0]["targetId"]
-        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.ask("Target.attachToTarget", targetId=ids[0], flatten=True)["sessionId"]
         self.ask("Runtime.enable")
 
     def open(self, page: Path | str) -> None:

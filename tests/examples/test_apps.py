@@ -136,11 +136,13 @@ def test_the_page_shows_why_it_has_no_model(install, tmp_path):
 
 # Sends the event that a click on the menu entry sends, and waits until the icon's tooltip shows the answer.
 CLICK = """(async text => {
-    await chrome.contextMenus.update("classify", {});  // fails without the entry
+    const pause = () => new Promise(done => setTimeout(done, 20));
+    const hasEntry = () => chrome.contextMenus.update("classify", {}).then(() => true, () => false);
+    while (!await hasEntry()) await pause();
     chrome.contextMenus.onClicked.dispatch({menuItemId: "classify", selectionText: text}, {id: 1});
     let title;
     do {
-        await new Promise(done => setTimeout(done, 20));
+        await pause();
         title = await chrome.action.getTitle({});
     } while (!title.endsWith(text) && !title.startsWith("Error"));
     return [title, await chrome.action.getBadgeText({})];
@@ -161,8 +163,7 @@ def extension(install):
 @needs_chromium
 def test_the_extension_gives_the_labels(extension, expected, tmp_path):
     with Chromium(tmp_path / "profile", EXTENSION_FLAGS) as browser:
-        address = browser.load_extension(extension)
-        browser.attach(f"{address}background.js")
+        browser.load_extension(extension, "background.js")
         for text, label in expected.items():
             title, badge = browser.run(f"{CLICK}({json.dumps(text)})")
             assert re.fullmatch(rf"{label} \(\d+\.\d %\): {re.escape(text)}", title), title
@@ -177,7 +178,7 @@ def test_the_extension_shows_why_it_has_no_model(extension, tmp_path):
     shutil.copytree(extension, tmp_path / "extension")
     (tmp_path / "extension" / "bundle" / "onnx" / "model_quantized.onnx").unlink()
     with Chromium(tmp_path / "profile", EXTENSION_FLAGS) as browser:
-        browser.attach(f"{browser.load_extension(tmp_path / 'extension')}background.js")
+        browser.load_extension(tmp_path / "extension", "background.js")
         title, badge = browser.run(f"{CLICK}('a charming film')")
     assert title.startswith("Error: ")
     assert badge == "!"
