@@ -82,6 +82,7 @@ def expected(reference):
     return labels
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this folder is no git clone")
 def test_the_overview_and_git_know_every_app():
     overview = (EXAMPLES / "README.md").read_text()
     assert {path.parent.name for path in EXAMPLES.glob("*/README.md")} == set(APPS)
@@ -184,6 +185,17 @@ def test_the_extension_shows_why_it_has_no_model(extension, tmp_path):
     assert badge == "!"
 
 
+@needs_node
+def test_prepare_refuses_another_transformers_js(tmp_path):
+    shutil.copy(EXAMPLES / "browser-extension" / "prepare.mjs", tmp_path)
+    (tmp_path / "bundle" / "demo").mkdir(parents=True)
+    (tmp_path / "bundle" / "demo" / "transformers.min.js").write_text('import {Tensor} from "onnxruntime-common";')
+    ended = subprocess.run([NODE, tmp_path / "prepare.mjs"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "imports ONNX Runtime in 1 places instead of 2" in ended.stderr
+    assert not (tmp_path / "vendor").exists()
+
+
 @contextmanager
 def service(command, folder, log, **variables):
     """Starts the service of an app, and yields a function that sends it a text or the bytes of a body."""
@@ -193,8 +205,8 @@ def service(command, folder, log, **variables):
     with server_process(command, log, environment, folder) as (process, output):
         wait_until_ready(port, process, output, "/health")
 
-        def ask(body):
-            return call_path(port, "/classify", body if isinstance(body, bytes) else {"text": body}, JSON)
+        def ask(body, path="/classify"):
+            return call_path(port, path, body if isinstance(body, bytes) else {"text": body}, JSON)
 
         yield ask
 
@@ -212,6 +224,7 @@ def test_the_service_in_node_gives_the_labels(install, expected, tmp_path):
     with service([NODE, "server.mjs"], install("node-service"), tmp_path / "log.txt") as ask:
         require_labels(ask, expected)
         assert ask(b"{")[0] == ask(b"null")[0] == ask(b'{"text": 1}')[0] == ask("")[0] == 400
+        assert ask("a film", "/other")[0] == 404
         assert ask("long " * 100_000) == (413, {"error": "The body has more than 100000 bytes."})
         assert ask("word " * 1_000)[0] == 200  # more tokens than the model reads
 
@@ -238,7 +251,7 @@ def test_the_service_in_python_gives_the_labels(install, expected, tmp_path):
     app, image = install("fastapi-service"), tmp_path / "image"
     image.mkdir()
     for *sources, target in (rest.split() for word, rest in instructions if word == "COPY"):
-        for source in sources:
+        for source in (each for each in sources if not each.startswith("--")):
             if (app / source).is_dir():
                 shutil.copytree(app / source, image / target)
             else:
