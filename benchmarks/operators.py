@@ -1,11 +1,11 @@
-"""Measures where the time of single sentences goes: tokenising, each kind of operator, and the work around operators.
+"""Measures where the time of single sentences goes: tokenising, the graph, and each kind of operator of the graph.
 
     python benchmarks/operators.py [--exported exported] [--variant NAME ...]
 
 The script runs the ONNX variants on one thread, one validation sentence at a time. In each round, it measures all
-variants in random order: first the time from text to label, then, with the profiler of ONNX Runtime, the time of each
-operator. The work around operators is the time of `Session.run` minus the time of all operators, for example that of
-`If` nodes. The script writes benchmarks/studies/operators-reference.json.
+variants in random order: first the time of tokenising and of `Session.run`, then, with the profiler of ONNX Runtime,
+the time of each operator. The profiler itself takes time for each node, so only the shares of the operators count. The
+script writes benchmarks/studies/operators-reference.json.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from toolchain.system import hardware
 STUDY = Path(__file__).parent / "studies" / "operators-reference.json"
 DEFAULTS = ("onnx-fp32", "onnx-int8", "onnx-int8-static")
 SEED = 20
-SHOWN = 0.03  # smallest share of the time that a part needs for a line of its own
-TOKENISING, AROUND = "tokenising", "around operators"
+SHOWN = 0.03  # smallest share of the operators' time that an operator needs for a line of its own
+TOKENISING, RUN = "tokenising", "Session.run"
 
 
 class Subject:
@@ -94,18 +94,17 @@ def mean_us(call: Callable[[], object], count: int) -> float:
 
 
 def measure_once(subject: Subject, texts: Sequence[str]) -> dict[str, float]:
-    """Returns the mean microseconds of a text in each part of the work, and `total`."""
+    """Returns the mean microseconds of a text for tokenising, for the graph, and for each profiled operator."""
     batches = subject.batches(texts)
     tokenising = mean_us(lambda: subject.batches(texts), len(texts))
     running = mean_us(lambda: [subject.session.run(None, batch) for batch in batches], len(texts))
-    operators = subject.profile(texts)
-    around = running - sum(operators.values())
-    return {"total": tokenising + running, TOKENISING: tokenising, AROUND: around, **operators}
+    return {TOKENISING: tokenising, RUN: running, **subject.profile(texts)}
 
 
 def median_parts(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Returns the median over the rounds of each part of the work."""
-    return {name: round(statistics.median(each.get(name, 0.0) for each in rounds), 1) for name in rounds[0]}
+    """Returns the median over the rounds of each part of the work, the largest part first."""
+    medians = {name: round(statistics.median(each.get(name, 0.0) for each in rounds), 1) for name in rounds[0]}
+    return dict(sorted(medians.items(), key=lambda item: -item[1]))
 
 
 @click.command()
@@ -113,7 +112,7 @@ def median_parts(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 @click.option("--rounds", type=click.IntRange(1), default=6, show_default=True)
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
 def main(variants: tuple[str, ...], rounds: int, exported: Path) -> None:
-    """Measures the parts of each variant's time, saves the study and prints the largest parts."""
+    """Measures the parts of each variant's time, saves the study and prints it."""
     names = (*DEFAULTS, *variants)
     artifacts = ensure(Workspace.open("reference", exported), names, {}, say)
     texts = list(inputs.load_embedded().texts)
@@ -132,14 +131,15 @@ def main(variants: tuple[str, ...], rounds: int, exported: Path) -> None:
 
 
 def summary(body: Mapping[str, Any]) -> list[str]:
-    """Returns the results of this benchmark as the lines of a text table, the largest parts of each variant first."""
+    """Returns the results of this benchmark as the lines of a text table, the largest operators first."""
     lines = []
     for name, row in body["microseconds"].items():
-        lines.append(f"{name}: {row['total']:.0f} µs from text to label")
-        parts = sorted(((us, part) for part, us in row.items() if part != "total"), reverse=True)
-        shown = [(us, part) for us, part in parts if us >= SHOWN * row["total"]]
-        rest = row["total"] - sum(us for us, _ in shown)
-        lines += [f"  {part:24} {us / row['total']:6.1%}" for us, part in [*shown, (rest, "all other parts")]]
+        lines.append(f"{name}: {row[TOKENISING]:.0f} µs for tokenising, {row[RUN]:.0f} µs for the graph, of which")
+        operators = {operator: us for operator, us in row.items() if operator not in (TOKENISING, RUN)}
+        shares = {operator: us / sum(operators.values()) for operator, us in operators.items()}
+        shown = {operator: share for operator, share in shares.items() if share >= SHOWN}
+        shown["all other operators"] = 1 - sum(shown.values())
+        lines += [f"  {operator:24} {share:6.1%}" for operator, share in shown.items()]
     return lines
 
 

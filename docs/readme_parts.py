@@ -14,7 +14,7 @@ from types import ModuleType
 from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.variants import is_variant
 from toolchain.cli import cli
-from toolchain.compare.report.columns import columns
+from toolchain.compare.report.columns import EXIT_COLUMNS, Column, columns
 from toolchain.compare.report.markdown import to_markdown
 from toolchain.compare.report.notes import notes
 from toolchain.compare.rows import Row, compare
@@ -54,6 +54,7 @@ def parts() -> dict[str, str]:
         "make bench, gpu": _bench(BENCH_GPU),
         "bench, server": _bench(BENCH_SERVER),
         "exits": _exits(),
+        "exits, base": _half_exits(),
         "make help": _targets(),
         "make variables": _variables(),
         "peers": _peers(),
@@ -63,6 +64,8 @@ def parts() -> dict[str, str]:
         "schemes": _schemes(),
         "clients": _study("clients"),
         "answers": _study("answers"),
+        "browser": _study("browser"),
+        "operators": _study("operators"),
         "memory": _study("memory"),
         "serving": _study("serving"),
         "precision": _study("precision"),
@@ -106,11 +109,20 @@ def _exits() -> str:
     return "\n\n".join([_chosen_cells(rows, static_names, columns_shown), "\n".join(lines)])
 
 
-def _chosen_cells(rows: Sequence[Row], variants: Sequence[str], names: Sequence[str]) -> str:
-    """Returns a table of the named columns of variants, below a line that describes the machine and the data."""
+def _half_exits() -> str:
+    """Returns a table of the speed of an exit that half of the sentences use, beside the same model without exits."""
+    rows = compare([ResultFile.read(STUDIES / "exits-base.json")], "optimum-cli-int8")
+    names = ("optimum-cli-int8", "onnx-int8", "onnx-exits-int8+half")
+    return _chosen_cells(rows, names, ("p95", "throughput"), EXIT_COLUMNS[:1])
+
+
+def _chosen_cells(
+    rows: Sequence[Row], variants: Sequence[str], names: Sequence[str], first: Sequence[Column] = ()
+) -> str:
+    """Returns a table of the columns `first` and the named columns, below a line about the machine and the data."""
     by_cell: dict[str, Row] = {row.measurement.cell: row for row in rows}
     chosen = [by_cell[f"{variant}@cpu"] for variant in variants]
-    shown = [column for column in columns(rows) if column.name in names]
+    shown = [*first, *(column for column in columns(rows) if column.name in names)]
     run, machine = rows[0].run, rows[0].run.machine
     title = f"{machine['cpu']}, {machine['cores']} cores, {run.data['rows']} sentences of {run.data['name']}:"
     body = [[f"`{row.measurement.variant}`", *(column.text(row) for column in shown)] for row in chosen]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ from markdown_it import MarkdownIt
 from sample_results import FP32, INT8, NO_GPU, RUN, measured_row, result, row_of_cell
 
 from toolchain.compare.report.columns import columns
+from toolchain.compare.report.latex import to_latex
 from toolchain.compare.report.markdown import to_markdown
 from toolchain.compare.report.table import print_table
 from toolchain.compare.rows import compare
 from toolchain.errors import ResultFileError
 from toolchain.results.result_file import ResultFile
 from toolchain.results.scores import Accuracy
+from toolchain.system.escaping import escape_latex
 
 MARKDOWN_ATTACKS = [
     "a|b\\|c",
@@ -146,6 +149,34 @@ def test_markdown_shows_hostile_text_and_no_markup(attack):
     assert not set("\x1b\u202e\u2028\r") & set(page(attack))
 
 
+def latex_commands(text):
+    """Returns the commands, braces and column separators of a LaTeX text, without escaped characters."""
+    return re.findall(r"\\[A-Za-z]+|(?<!\\)[{}&%$#_^~]", re.sub(r"\\[&%$#_{}]", "", text))
+
+
+@pytest.mark.parametrize("text", ["\\input{/etc/passwd}", "a & b % c", "$x_1^2$", "#1 {", "~", "\\", "50 %"])
+def test_latex_shows_hostile_text_and_runs_no_command(text):
+    shown = escape_latex(text)
+    known = {"\\textbackslash", "\\textasciitilde", "\\textasciicircum", "{", "}"}
+    assert set(latex_commands(shown)) <= known
+    assert shown.replace(r"\{", "").replace(r"\}", "").count("{") == shown.replace(r"\{", "").replace(r"\}", "").count(
+        "}"
+    )
+
+
+def test_a_latex_table_has_a_column_for_each_header():
+    lines = to_latex(compare([result(FP32, INT8, run=RUN)])).splitlines()
+    start = lines.index(r"\midrule")
+    rows = [lines[start - 1], *lines[start + 1 : lines.index(r"\bottomrule")]]
+    assert len(rows) == 3
+    assert {row.count(" & ") + 1 for row in rows} == {lines[lines.index(r"\toprule") - 1].split("{")[-1].count("r") + 1}
+    assert all(row.endswith(r" \\") for row in rows)
+
+
+def test_latex_keeps_a_row_apart_from_the_line_break_before_it():
+    assert escape_latex("[noisy] * -- 'x'") == r"{[}noisy] {*} -{}- \textquotesingle{}x\textquotesingle{}"
+
+
 def test_json_has_the_ratios_and_no_samples():
     body = row_of_cell(compare([result(FP32, INT8, run=RUN)]), "onnx-int8@cpu").to_json()
     assert body["speedup"] == {"value": 8.0}
@@ -173,6 +204,8 @@ def test_committed_result_files_can_be_read():
         "runs-",
         "clients-",
         "answers-",
+        "browser-",
+        "operators-",
         "saturation-",
         "precision-",
         "memory-",

@@ -126,7 +126,7 @@ def _repair_row(row, labels, data):
         row[score.key] = {**row[score.key], **score.to_json(), "batch_size": row[score.key]["batch_size"]}
 
 
-FORMS = ("table", "markdown", "csv", "json")
+FORMS = ("table", "markdown", "latex", "csv", "json")
 CHECKS = ((), (), ("--max-drop", "1"), ("--max-size-mb", "30", "--max-p95-ms", "5", "--max-memory-mb", "500"))
 
 

@@ -99,7 +99,7 @@ def gate_options(command: F) -> F:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["table", "markdown", "csv", "json", "html"]),
+    type=click.Choice(["table", "markdown", "latex", "csv", "json", "html"]),
     default="table",
     show_default=True,
     help="Format of the output.",
@@ -146,6 +146,7 @@ def compare(
       toolchain compare --max-drop 1.0 --max-p95-ms 5 --max-size-mb 30 --provider cpu
       toolchain compare new.json --against old.json --max-regression 5%
       toolchain compare --format html > report.html
+      toolchain compare --format latex > table.tex
     """
     from toolchain.cli.progress import say
     from toolchain.compare.current import compare_current
@@ -184,7 +185,7 @@ def compare(
 def show(
     rows: Sequence[Row], form: str, verdict: Verdict | None = None, regressions: Regressions | None = None
 ) -> None:
-    """Prints the rows in the given format, then the verdicts; for CSV and HTML, the verdicts go to standard error."""
+    """Prints the rows in the given format, then the verdicts, for CSV, HTML and LaTeX on standard error."""
     from toolchain.compare.report import verdict as verdicts
     from toolchain.system.escaping import escape_line
 
@@ -210,9 +211,13 @@ def show(
         from toolchain.compare.report.markdown import to_markdown
 
         echo(to_markdown(rows), nl=False)
+    elif form == "latex":
+        from toolchain.compare.report.latex import to_latex
+
+        echo(to_latex(rows), nl=False)
     else:
         from toolchain.compare.report.table import print_table
 
         print_table(rows)
     for line in lines:
-        echo(escape_line(line), err=form in ("csv", "html"))
+        echo(escape_line(line), err=form in ("csv", "html", "latex"))

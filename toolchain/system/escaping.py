@@ -17,6 +17,17 @@ _MARKDOWN = re.compile(r"[\\`*<>&~|]|(?<!\w)_|_(?!\w)|\](?=[(\[])")
 _MARKDOWN_START = re.compile(r"^(?:([#=\[]|[-+](?=[\s-]|$))|(\d+)([.)])(?=\s|$))")
 # The bytes that need an escape in a string of C in Markdown: `?` could begin a trigraph, and `:` an address.
 _ACTIVE_IN_C = re.compile(rb"[^A-Za-z0-9 _.,-]")
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", '"': r"\char34{}"},
+        **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "`": r"\textasciigrave{}"},
+        # After a line break, LaTeX would read a bracket or a star as an argument.
+        **{"'": r"\textquotesingle{}", "[": "{[}", "*": "{*}"},
+        **{"×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "≈": r"$\approx$", "→": r"$\to$", "−": "$-$"},
+        **{"Δ": r"$\Delta$", "±": r"$\pm$", "◆": r"$\diamond$", "…": r"\ldots{}", "µ": r"\textmu{}", "²": "$^2$"},
+    }
+)
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # A spreadsheet reads a text that begins with these as a formula.
 
 
@@ -52,6 +63,15 @@ def escape_markdown(text: str) -> str:
     """Returns the text as one line of Markdown (GitHub's dialect) that shows the text and contains no markup."""
     text = _MARKDOWN.sub(lambda match: f"\\{match[0]}", escape_line(text).strip())
     return _MARKDOWN_START.sub(lambda match: f"\\{match[1]}" if match[1] else f"{match[2]}\\{match[3]}", text)
+
+
+def escape_latex(text: str) -> str:
+    """Returns the text as one line of LaTeX that shows the text and runs no command.
+
+    Symbols that a comparison contains become commands of LaTeX; all other characters outside ASCII stay.
+    """
+    escaped = escape_line(text).strip().translate(_LATEX)
+    return re.sub("-(?=-)", "-{}", escaped)  # two hyphens would become a dash
 
 
 def format_markdown_code(text: str) -> str:
