@@ -15,6 +15,7 @@ from mkdocs.structure.pages import Page
 from toolchain.cli import cli
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = ("browser-extension", "cpp-cli", "fastapi-service", "node-service", "page")
 # Pages link to these files outside docs/, which have the same paths on the site as in the repository.
 OUTSIDE = (
     "CONTRIBUTING.md",
@@ -23,6 +24,11 @@ OUTSIDE = (
     "benchmarks/reports/reference/accuracy-latency.svg",
     "benchmarks/studies/memory-reference.svg",
     "benchmarks/studies/pruning-reference.svg",
+    "examples/README.md",
+    *(
+        f"examples/{app}/README.md"
+        for app in ("browser-extension", "cpp-cli", "fastapi-service", "node-service", "page")
+    ),
 )
 PYTHON = "reference/python"
 # The low boost makes the site's search list the pages of Python modules after all other pages.

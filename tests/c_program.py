@@ -1,4 +1,4 @@
-"""Compiles the C program in the README of a bundle for the library of the installed Python package onnxruntime.
+"""Compiles programs in C and C++ for the library of the installed Python package onnxruntime.
 
 No package has both the header and the library. `make test-clients` downloads the header of an older release, because a
 library accepts older headers.
@@ -33,12 +33,18 @@ def reason_to_skip(clients: Path) -> str:
 
 
 def compile_program(bundle: Path, folder: Path, clients: Path, language: str = "C") -> Path:
-    """Compiles the program, with all warnings as errors, and returns its path in `folder`."""
-    compiler, name, standard = COMPILERS[language]
+    """Compiles the program in the README of a bundle, and returns its path in `folder`."""
     block = re.search(r"```c\n(.*?)```", (bundle / "README.md").read_text(), re.DOTALL)
     assert block
-    source, program = folder / "classify.c", folder / "classify"
+    source = folder / "classify.c"
     source.write_text(block[1])
+    return compile_source(source, folder, clients, language)
+
+
+def compile_source(source: Path, folder: Path, clients: Path, language: str) -> Path:
+    """Compiles a program, with all warnings as errors, and returns its path in `folder`."""
+    compiler, name, standard = COMPILERS[language]
+    program = folder / "classify"
     (folder / "libonnxruntime.so.1").symlink_to(LIBRARY)  # the name by which programs load the library
     command = [compiler, *WARNINGS, f"-std={standard}", "-isystem", clients / "c", "-x", name, source, "-x", "none"]
     subprocess.run([*command, LIBRARY, f"-Wl,-rpath,{folder}", "-o", program], check=True)

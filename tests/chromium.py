@@ -31,6 +31,8 @@ FLAGS = (
 # WebGPU on SwiftShader, a graphics processor in software
 WEBGPU_FLAGS = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 
+EXTENSION_FLAGS = ("--enable-unsafe-extension-debugging",)  # lets a debugger install extensions
+
 
 class Chromium:
     """A browser with one tab.
@@ -105,6 +107,23 @@ class Chromium:
             self._unread += part
         line, _, self._unread = self._unread.partition(b"\0")
         return json.loads(line)
+
+    def load_extension(self, folder: Path, worker: str) -> None:
+        """Installs the extension in a folder, and sends all later commands to its service worker.
+
+        The browser needs the flags `EXTENSION_FLAGS`.
+
+        Args:
+            worker: The file of the service worker.
+        """
+        self._session = None  # only the browser installs extensions, not a tab
+        extension = self.ask("Extensions.loadUnpacked", path=str(folder))["id"]
+        address, deadline = f"chrome-extension://{extension}/{worker}", time.monotonic() + TIMEOUT_S
+        while not (ids := [t["targetId"] for t in self.ask("Target.getTargets")["targetInfos"] if t["url"] == address]):
+            assert time.monotonic() < deadline, f"Chromium does not start {address}"
+            time.sleep(0.1)
+        self._session = self.ask("Target.attachToTarget", targetId=ids[0], flatten=True)["sessionId"]
+        self.ask("Runtime.enable")
 
     def open(self, page: Path | str) -> None:
         """Loads the file or address, and waits until the page is complete."""

@@ -71,7 +71,7 @@ def triton_process(repository, folder, port):
     shutil.copy(TESTS / "clients" / "triton_backend.py", backend / "model.py")
     command = [server, "--model-repository", repository, "--backend-directory", backend.parent]
     command += ["--http-address", "127.0.0.1", "--http-port", port, "--allow-grpc", "false", "--allow-metrics", "false"]
-    with _process(command, folder / "triton.log", _environment()) as started:
+    with server_process(command, folder / "triton.log", _environment()) as started:
         yield started
 
 
@@ -83,14 +83,19 @@ def kserve_process(bundle, folder, port, **environment):
         environment: Environment variables that replace those of this process.
     """
     command = [KSERVE, bundle / "kserve" / "predictor.py", "--host", "127.0.0.1", "--port", port]
-    with _process(command, folder / "kserve.log", {**os.environ, "TOOLCHAIN_THREADS": "1", **environment}) as started:
+    with server_process(
+        command, folder / "kserve.log", {**os.environ, "TOOLCHAIN_THREADS": "1", **environment}
+    ) as started:
         yield started
 
 
 @contextmanager
-def _process(command, log, environment):
+def server_process(command, log, environment, cwd=None):
+    """Starts a server and ends it; yields the process and the path of its log."""
     with log.open("wb") as output:
-        process = subprocess.Popen([*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            [*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=cwd
+        )
         try:
             yield process, log
         finally:
@@ -120,27 +125,36 @@ def _start(start_process, source, folder):
         yield port
 
 
-def wait_until_ready(port, process, log):
-    """Returns when the server answers that all models are ready; raises `AssertionError` if it does not start."""
+def wait_until_ready(port, process, log, path="/v2/health/ready"):
+    """Returns when the server answers that it is ready; raises `AssertionError` if it does not start."""
     end = time.monotonic() + START_SECONDS
-    while not _is_ready(port):
+    while not _is_ready(port, path):
         if process.poll() is not None or time.monotonic() > end:
             raise AssertionError(f"The server did not start:\n{log.read_text()[-3000:]}")
         time.sleep(0.1)
 
 
-def _is_ready(port):
+def _is_ready(port, path):
     try:
-        return call(port, "health/ready")[0] == 200
+        return call_path(port, path)[0] == 200
     except OSError:
         return False
 
 
 def call(port, path, body=None):
-    """Sends one request, in JSON unless `body` is bytes, and returns the status and the JSON of the answer."""
+    """Sends one request of the Open Inference Protocol; see `call_path`."""
+    return call_path(port, f"/v2/{path}", body)
+
+
+def call_path(port, path, body=None, headers=None):
+    """Sends one request, in JSON unless `body` is bytes, and returns the status and the JSON of the answer.
+
+    Args:
+        headers: Headers of the request.
+    """
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as client:
-        client.request("GET" if body is None else "POST", f"/v2/{path}", data)
+        client.request("GET" if body is None else "POST", path, data, headers or {})
         response = client.getresponse()
         content = response.read()
     return response.status, json.loads(content) if content else None
