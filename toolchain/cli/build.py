@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolchain.cli.building import plan_line
-from toolchain.cli.compare import rows_of, show
+from toolchain.cli.compare import show
 from toolchain.cli.options import (
     debug_option,
     dry_run_option,
@@ -89,6 +89,7 @@ def build(
     """
     from toolchain.build.trimming import corpus_of
     from toolchain.cli.progress import bar, say
+    from toolchain.compare.current import compare_current
     from toolchain.data.datasets import DEFAULT_COLUMNS
     from toolchain.recipes import building
     from toolchain.recipes.planning import Overrides, make_plan
@@ -117,7 +118,7 @@ def build(
         echo_json(_to_json(rows, measured and measured[1], bundle))
     else:
         if measured:
-            show(rows_of([measured[0]], None, exported), "table")
+            show(compare_current([measured[0]], None, exported), "table")
         if bundle:
             echo(bundle[1])
             echo(f"id {bundle[0]['id']}")

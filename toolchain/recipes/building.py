@@ -11,7 +11,6 @@ from typing import Any
 import toolchain
 from toolchain.artifacts.steps import Compile, Export, Import, Optimize, Quantize, Step, step_name
 from toolchain.bench import run
-from toolchain.bench.scenarios import FULL, QUICK
 from toolchain.build.pipeline import ensure
 from toolchain.data.datasets import Columns
 from toolchain.errors import RecipeError, VerdictError
@@ -20,6 +19,7 @@ from toolchain.recipes import record
 from toolchain.recipes.planning import Plan
 from toolchain.results.folder import ResultsFolder
 from toolchain.results.result_file import ResultFile
+from toolchain.results.saving import Saver
 from toolchain.ship import shipping
 from toolchain.ship.shipping import Order
 from toolchain.ship.targets import TARGETS
@@ -140,12 +140,8 @@ def _difference_hint(plan: Plan, row: BuiltVariant) -> str:
 
 def measure(plan: Plan, request: run.Request, say: Say, bar: Bar) -> tuple[ResultFile, Path]:
     """Runs a benchmark, and returns the result and its file; see `bench.run.measure` for the errors."""
-    with bar("bench") as progress:
-        result, journal = run.measure(plan.workspace, request, say, progress)
-    path = request.results.save_local(result, plan.workspace.model)
-    journal.end()
-    say(f"saved: {path}")
-    return result, path
+    saver = Saver(request.results, plan.workspace.model, None, False, say)
+    return run.measure_and_save(plan.workspace, request, saver, say, bar)
 
 
 def bench_request(plan: Plan, results: ResultsFolder) -> run.Request | None:
@@ -157,9 +153,7 @@ def bench_request(plan: Plan, results: ResultsFolder) -> run.Request | None:
     if data and not data.exists():
         raise RecipeError(f"The data {bench.data} of the benchmark is not beside the recipe.", "Copy the file there.")
     run.planned_pairs(bench.variants, bench.providers)
-    protocol = dataclasses.replace(
-        QUICK if bench.quick else FULL, threads=bench.threads or hardware.cores(), batch_size=bench.batch_size
-    )
+    protocol = run.make_protocol(bench.quick, bench.threads, batch_size=bench.batch_size)
     columns = Columns(bench.text_column, bench.label_column, bench.text_pair_column)
     path = str(data.resolve()) if data else None
     return run.Request(bench.variants, bench.providers, protocol, path, columns, results=results)
