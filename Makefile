@@ -129,6 +129,9 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(INTO)/triton install "tritonclient[grpc]==2.73.0" nvidia-pytriton==0.7.0 onnxruntime==1.32.0 onnxruntime-extensions==0.15.2
 	$(NEW)/mlflow
 	$(INTO)/mlflow install -c constraints/cpu.txt mlflow-skinny==3.17.2 pandas onnx onnxruntime tokenizers numpy
+	$(NEW)/notebook
+	$(INTO)/notebook install -c constraints/cpu.txt nbclient==0.11.0 ipykernel==7.4.0
+	$(BIN)/python $(SITE) > "$$($(CLIENTS)/notebook/bin/python $(SITE))/venv.pth"
 	$(NEW)/kserve
 	$(INTO)/kserve install --require-hashes -r $(FILES)/requirements_kserve.lock
 	$(NEW)/phone

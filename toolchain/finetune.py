@@ -85,6 +85,12 @@ class FinetuneRequest:
     data: str | None = None
 
 
+def make_recipe(epochs: int, learning_rate: float, batch_size: int, seed: int, *, has_teacher: bool) -> Recipe:
+    """Returns the settings of a fine-tuning run, which keeps the best of all epochs; see `Recipe` for the arguments."""
+    weight = LABEL_WEIGHT if has_teacher else 1.0
+    return Recipe(epochs, learning_rate, batch_size, seed, states=0.0, patience=epochs, task=weight, dropout=True)
+
+
 def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
     """Trains a checkpoint, writes it to the request's output folder, and returns the content of its training.json.
 

@@ -90,6 +90,8 @@ PUBLIC = {
     "by_length device_id allow_fallback save_as force resume",
     "Model.build": "variant *",
     "Model.exits": "parent * layers max_drop name",
+    "Model.finetune": "output * epochs lr batch_size max_length labels multi_label regression entities teacher seed "
+    "data revision",
     "Model.export": "parent * optimize no_pass opset exporter revision base name",
     "Model.prune": "ratio * max_drop method cost layers recover exits parent name",
     "Model.quantize": "parent * backend scheme isa embeddings keep_fp32 max_drop no_pass trim_vocab name",
@@ -124,7 +126,7 @@ def test_public_arguments_keep_their_names_and_places(name):
     assert all(each.default is not each.empty for each in added)
 
 
-COMMANDS = ("export", "prune", "quantize", "exits", "bench", "compare", "ship", "verify", "variants")
+COMMANDS = ("finetune", "export", "prune", "quantize", "exits", "bench", "compare", "ship", "verify", "variants")
 # Options for which the interface has no argument. Some of them are for a terminal.
 ONLY_COMMANDS = {"json", "debug", "dry-run", "format", "sensitivity", "engine", "address"}
 ONLY_COMMANDS |= {"max-p95-ms", "max-size-mb", "max-memory-mb", "against", "max-regression", "plots"}
@@ -187,6 +189,13 @@ WRONG_CALLS = [
     (lambda model: model.export(no_pass="smooth"), SettingsError, "`no_pass` names a pass that `optimize` cpu"),
     (lambda model: model.export(opset=5), SettingsError, "`opset` is 5"),
     (lambda model: model.exits(layers=["1"]), SettingsError, "`layers` is '1', but it must be a whole number"),
+    (lambda model: model.finetune("out", epochs=0), SettingsError, "`epochs` is 0"),
+    (lambda model: model.finetune("out", lr=0), SettingsError, "`lr` is 0, but it must be a number"),
+    (lambda model: model.finetune("out", seed=-1), SettingsError, "`seed` is -1"),
+    (lambda model: model.finetune("out", max_length=4), SettingsError, "`max_length` is 4"),
+    (lambda model: model.finetune("out", labels=["a", "a"]), SettingsError, "a name twice"),
+    (lambda model: model.finetune("out", regression=True, entities=True), SettingsError, "exclude each other"),
+    (lambda model: model.finetune("out", revision="v1"), CheckpointError, "v1|revision"),
     (lambda model: model.bench(5), SettingsError, "5 is not a variant"),
     (lambda model: model.bench([]), SettingsError, "The list of variants is empty"),
     (lambda model: model.bench("onnx-int8", provider="gpu"), SettingsError, "no `provider` 'gpu'"),
@@ -246,6 +255,24 @@ def test_a_call_and_a_command_build_the_same_variant(model, tiny, say):
     assert code == 0, err
     assert "\nonnx-int8+tables: skip (fresh)" in out
     assert {item.variant: item.state for item in model.variants()}["onnx-int8+tables"] == "built"
+
+
+def test_finetune_returns_a_model_with_the_labels_and_the_data_of_its_training(tiny, tmp_path, say):
+    rows = "".join(f"a {('dull', 'fine')[i % 2]} film {i},{('blame', 'praise')[i % 2]}\n" for i in range(60))
+    (tmp_path / "films.csv").write_text(f"text,label\n{rows}")
+    data, exported = tmp_path / "films.csv", tiny.exported
+    base = tc.open(tiny.model, exported=exported, train_data=data, results=exported / "results", progress=False)
+    model = base.finetune(tmp_path / "films", epochs=1, batch_size=8)
+    assert repr(model) == f"<Model films, in {exported / 'films'}>"
+    with tc.Classifier(model.prune(0.5), threads=1) as classifier:
+        assert classifier.labels == ("blame", "praise")
+    with pytest.raises(ArtifactError, match="choose another folder with `output`"):
+        base.finetune(tmp_path / "films", epochs=2, batch_size=8)
+    # The command with the same settings has nothing to train.
+    options = ["--base", tiny.source.ref, "--train-data", data, "--output", tmp_path / "films"]
+    code, _, err = say("finetune", *options, "--epochs", 1, "--batch-size", 8)
+    assert code == 0, err
+    assert "unchanged" in err
 
 
 def test_a_classifier_answers_texts_and_releases_its_model(model):

@@ -476,6 +476,13 @@ def test_a_model_of_fewer_layers_can_be_exported_and_quantised(pruned_workspace)
 
 
 @pytest.mark.slow
+def test_the_address_of_a_weight_does_not_fail_the_check_of_a_stored_model(tmp_path):
+    # With weights of this width, x86 processors compute other last bits if an address is not a multiple of 64 bytes.
+    checkpoint = make_checkpoint(tmp_path / "wide", width=64, leaning=30)
+    workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
+    assert ensure(workspace, ["torch-pruned50-mask"], {}, quiet)
+
+
 def test_the_manifest_of_a_mask_states_that_it_removed_nothing(tiny):
     artifact = ensure(tiny, ["torch-pruned50-mask"], {}, quiet)["torch-pruned50-mask"]
     facts = artifact.manifest.facts["pruning"]

@@ -109,20 +109,10 @@ def finetune(
     """
     from toolchain.cli.progress import bar, say
     from toolchain.data.labels import MULTI, REGRESSION, TOKENS
-    from toolchain.finetune import LABEL_WEIGHT, FinetuneRequest, summary
+    from toolchain.finetune import FinetuneRequest, make_recipe, summary
     from toolchain.finetune import finetune as run_finetune
-    from toolchain.training.loop import Recipe
 
-    recipe = Recipe(
-        epochs,
-        learning_rate,
-        batch_size,
-        seed,
-        states=0.0,
-        patience=epochs,
-        task=LABEL_WEIGHT if teacher else 1.0,
-        dropout=True,
-    )
+    recipe = make_recipe(epochs, learning_rate, batch_size, seed, has_teacher=teacher is not None)
     names = tuple(name.strip() for name in labels.split(",")) if labels else ()
     if len(set(names)) < len(names) or not all(names):
         raise click.BadParameter("give different names, separated by commas", param_hint="--labels")

@@ -11,6 +11,7 @@ from pathlib import Path
 from toolchain.artifacts import variants
 from toolchain.artifacts.names import LABEL
 from toolchain.artifacts.store import Artifact
+from toolchain.data.labels import MULTI, REGRESSION, TOKENS
 from toolchain.errors import SettingsError
 
 # A variant: its artifact, or its name.
@@ -42,6 +43,19 @@ def check_label(name: str) -> str:
             f"`name` is {name!r}.", "Use at most 100 lower-case letters, digits and single hyphens, such as 'small'."
         )
     return name
+
+
+def task_of(*, multi_label: bool, regression: bool, entities: bool) -> str | None:
+    """Returns the task that the arguments of a training choose; None if all are false.
+
+    Raises:
+        SettingsError: More than one argument is true.
+    """
+    chosen = {MULTI: multi_label, REGRESSION: regression, TOKENS: entities}
+    tasks = [task for task, is_chosen in chosen.items() if is_chosen]
+    if len(tasks) > 1:
+        raise SettingsError("`multi_label`, `regression` and `entities` exclude each other.", "Give only one of them.")
+    return tasks[0] if tasks else None
 
 
 def as_tuple(value: str | Iterable[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A model, whose methods build, measure and ship its variants."""
+"""A model, whose methods train it, and build, measure and ship its variants."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from toolchain.data.datasets import Columns
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import BenchError, SettingsError
 from toolchain.exporters import EXPORTERS
+from toolchain.finetune import FinetuneRequest, make_recipe, summary
+from toolchain.finetune import finetune as run_finetune
 from toolchain.interface.arguments import (
     Variant,
     as_tuple,
     check_choice,
     check_label,
     check_number,
+    task_of,
     variant_name,
     variant_names,
 )
@@ -68,6 +71,82 @@ class Model:
     def __repr__(self) -> str:
         """Returns one line with the model's folder."""
         return f"<Model {self.name}, in {self.folder}>"
+
+    @calling()
+    def finetune(
+        self,
+        output: str | Path,
+        *,
+        epochs: int = 3,
+        lr: float = 5e-5,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        labels: Iterable[str] = (),
+        multi_label: bool = False,
+        regression: bool = False,
+        entities: bool = False,
+        teacher: str | Path | None = None,
+        seed: int = 20,
+        data: str | Path | None = None,
+        revision: str | None = None,
+    ) -> Model:
+        """Trains this model on the training data that `open` names, and writes the trained checkpoint.
+
+        The model need not have a classification head. A tenth of the rows, at most 2000, are held out, and the
+        checkpoint has the weights of the epoch that is best on them. A second call with the same settings trains
+        nothing.
+
+        Args:
+            output: Folder of the new checkpoint.
+            epochs: Number of epochs.
+            lr: Peak learning rate.
+            batch_size: Rows in a training step.
+            max_length: Truncate texts to this number of tokens; None for the model's maximum.
+            labels: Class labels of a new classification head, in order; empty for the labels of the model or the data.
+            multi_label: Whether each text has any number of labels, written as ``a|b`` in the label column.
+            regression: Whether the label column holds scores.
+            entities: Whether the label column holds a label for each word.
+            teacher: Also learn from the logits of this classifier.
+            seed: Random seed of the new classification head, the row order and dropout.
+            data: Data for the final evaluation; None for the held-out rows, or for the validation set of SST-2.
+            revision: Branch, tag or commit of a hub model.
+
+        Returns:
+            The trained model, with the same training data. So `prune` holds out the same rows.
+
+        Raises:
+            DataError: The training data are not usable.
+            ArtifactError: The output folder has other content, or a model that was trained with other settings.
+
+        Examples:
+            >>> model = tc.open("my-checkpoint", train_data="train.csv")
+            >>> model.finetune("my-films", epochs=1)
+            <Model my-films, in exported/my-films>
+        """
+        for argument, value, high in (("epochs", epochs, 99), ("batch_size", batch_size, 1024)):
+            check_number(argument, value, 1, high, whole=True)
+        check_number("lr", lr, 1e-9, 1)
+        check_number("seed", seed, 0, whole=True)
+        if max_length is not None:
+            check_number("max_length", max_length, 8, whole=True)
+        names = as_tuple(labels)
+        if len(set(names)) < len(names) or not all(names):
+            raise SettingsError("`labels` has an empty name, or a name twice.", "Give different names.")
+        request = FinetuneRequest(
+            self._workspace.source.ref,
+            self._workspace.train,
+            make_recipe(epochs, lr, batch_size, seed, has_teacher=teacher is not None),
+            Path(output),
+            revision,
+            None if teacher is None else str(teacher),
+            names,
+            task_of(multi_label=multi_label, regression=regression, entities=entities),
+            max_length,
+            None if data is None else str(data),
+        )
+        self._say(summary(run_finetune(request, self._say, self._bar)))
+        workspace = Workspace.open(str(output), self._workspace.exported, train=self._workspace.train)
+        return Model(workspace, self._results, self._bar is show_bar)
 
     @calling()
     def build(self, variant: str) -> Artifact:
@@ -460,7 +539,7 @@ def open(
         model: ``reference`` (embedded), a folder, a model under `exported`, or a hub id.
         exported: Folder of the artifacts.
         folder: Name of the model's folder under `exported`; None for the model's own name.
-        train_data: Training data for pruning, recovery, exits and calibration; None for the embedded SST-2.
+        train_data: Data for fine-tuning, pruning, recovery, exits and calibration; None for the embedded SST-2.
         text_column: Column of texts; None for ``sentence``, ``text`` or ``tokens``.
         text_pair_column: Column of second texts, if each row is a pair.
         label_column: Column of labels.
