@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 from toolchain.cli import cli
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ("browser-extension", "cpp-cli", "fastapi-service", "node-service", "page")
+APPS = ("browser-extension", "cpp-cli", "fastapi-service", "node-service", "page")
 # Pages link to these files outside docs/, which have the same paths on the site as in the repository.
 OUTSIDE = (
     "CONTRIBUTING.md",
@@ -25,10 +25,9 @@ OUTSIDE = (
     "benchmarks/studies/memory-reference.svg",
     "benchmarks/studies/pruning-reference.svg",
     "examples/README.md",
-    *(
-        f"examples/{app}/README.md"
-        for app in ("browser-extension", "cpp-cli", "fastapi-service", "node-service", "page")
-    ),
+    "examples/compression_study.ipynb",
+    "examples/own_classifier.ipynb",
+    *(f"examples/{app}/README.md" for app in APPS),
 )
 PYTHON = "reference/python"
 # The low boost makes the site's search list the pages of Python modules after all other pages.
@@ -99,7 +98,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Returns a page's Markdown with its links corrected for the site, whose root is docs/."""
     if page.file.src_uri in OUTSIDE:
-        return re.sub(r"(\]\()docs/", r"\1", markdown)
+        return re.sub(r"(\]\((?:\.\./)*)docs/", r"\1", markdown)
     outside = "|".join(map(re.escape, OUTSIDE))
     return re.sub(rf"(\]\()\.\./((?:\.\./)*(?:{outside}))", r"\1\2", markdown)
 

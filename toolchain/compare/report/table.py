@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,12 +54,12 @@ def to_text(rows: Sequence[Row], width: int | None = None) -> str:
 
     Args:
         rows: The rows.
-        width: Maximum number of characters in a line of the table; None for the width of the terminal.
+        width: Maximum number of characters in a line of the table; None for the width that `print_table` uses.
     """
     from rich.console import Console
 
     text = io.StringIO()
-    columns_shown = width or shutil.get_terminal_size((120, 40)).columns
+    columns_shown = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPED_WIDTH)
     # In a notebook, a console would show the table itself, and write nothing to its file. A notebook also asks for
     # colours with an environment variable.
     console = Console(
