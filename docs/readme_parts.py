@@ -197,10 +197,10 @@ def _claim() -> str:
     speedup = peers.ratio(*(peers.require_samples(row)[0] for row in (ours, other)))
     size = ours.size_bytes["total"] / other.size_bytes["total"]
     return (
-        f"Some of the measured models lose at most {CLAIM_DROP:g} point of accuracy to `onnx-fp32`. The toolchain's "
-        f"fastest of them is `{ours.variant}` ({scores[ours.variant]:.2f} %). The fastest one of another tool is "
-        f"`{other.variant}` ({scores[other.variant]:.2f} %). For single sentences, the toolchain's model is {speedup} "
-        f"as fast. Its size is {size:.0%} of the other model's size."
+        f"This comparison covers models that lose at most {CLAIM_DROP:g} point of accuracy to `onnx-fp32`. The fastest "
+        f"model of the toolchain is `{ours.variant}` (accuracy {scores[ours.variant]:.2f} %). The fastest model of any "
+        f"other tool is `{other.variant}` (accuracy {scores[other.variant]:.2f} %). For single sentences, the "
+        f"toolchain's model is {speedup} as fast. Its size is {size:.0%} of the other model's size."
     )
 
 

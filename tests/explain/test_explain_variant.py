@@ -125,6 +125,11 @@ def test_a_missing_ancestor_ends_the_lineage_and_is_no_error(explain, tiny):
     assert relations(tiny, "onnx-int8")["onnx-fp32"] == (("parent", "unquantised"), "missing")
 
 
+def test_an_unusable_relative_is_not_called_missing(tiny):
+    (tiny.path("onnx-fp32") / "manifest.json").write_text("{")
+    assert relations(tiny, "onnx-int8")["onnx-fp32"] == (("parent", "unquantised"), "unusable")
+
+
 def test_relatives_differ_by_one_kind_of_compression(tiny, built_tiny):
     assert relations(tiny, "onnx-int8") == {
         "onnx-fp32": (("parent", "unquantised"), "built"),

@@ -285,7 +285,7 @@ def test_a_classifier_answers_texts_and_releases_its_model(model):
         assert several[1].text == ("a charming film", "and long")
         assert classifier([]) == []
         for item in (3, None, ("a", "b", "c"), ("a", 1)):
-            with pytest.raises(DataError, match=r"Item 2 is .*, which is no text"):
+            with pytest.raises(DataError, match=r"Item 2 is .*, which is not a text"):
                 classifier(["a", item])
         with pytest.raises(DataError, match="half of a surrogate pair"):
             classifier("\ud800")

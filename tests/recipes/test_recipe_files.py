@@ -67,7 +67,7 @@ def write(tmp_path):
             "each variant is built from its parent",
         ),
         (f'{INT8}id = "12"', "variants.0.id: this is not a sha256 in hex", "--schema"),
-        (f'{INT8}[bench]\nvariants = ["torch-fp32"]', "[bench] names 'torch-fp32', which is no variant", "--schema"),
+        (f'{INT8}[bench]\nvariants = ["torch-fp32"]', "[bench] names 'torch-fp32', which is not a variant", "--schema"),
         (f'{INT8}[bench]\nvariants = ["onnx-int8"]\nthreads = 0', "threads is 0, which is not from 1 to", "--schema"),
         (f'{INT8}[bench]\nvariants = ["onnx-int8"]\nbatch_size = 0', "batch_size is 0, which is not", "--schema"),
         (f"{INT8}[bench]\nvariants = []", "there is no variant to measure", "--schema"),

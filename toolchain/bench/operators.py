@@ -154,14 +154,11 @@ def _mean_us(call: Callable[[], object], count: int) -> float:
 
 def median_profile(rounds: Sequence[Profile]) -> Profile:
     """Returns the median over the rounds of each part of the work; an operator that a round lacks took no time."""
-    names = {name: None for each in rounds for name in each.operators_us}
+    names = sorted({name for each in rounds for name in each.operators_us})
     return Profile(
         round(statistics.median(each.tokenizing_us for each in rounds), 1),
         round(statistics.median(each.graph_us for each in rounds), 1),
-        {
-            name: round(statistics.median(each.operators_us.get(name, 0.0) for each in rounds), 1)
-            for name in sorted(names)
-        },
+        {name: round(statistics.median(each.operators_us.get(name, 0.0) for each in rounds), 1) for name in names},
     )
 
 

@@ -1,7 +1,8 @@
 """Shell completion: built variants, imported models, error codes and files.
 
-Click calls these functions while the user types, so they read only names of folders, and import no large library. An
-error gives no completion, because its message would appear in the middle of the user's line.
+The shell waits for these functions while the user types. So they are fast: they read only the names of folders, and
+import no large library. If a folder cannot be read, they return no completion, because a message would appear in the
+middle of the user's line.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ TEXTS: dict[type[ToolchainError], ErrorText] = {
         (
             "The name has a spelling mistake.",
             "The parts of the name are in the wrong order, or the combination does not exist, such as `bnb-bf16`.",
-            "A labelled variant, such as `onnx-int8+small`, is not built yet.",
+            "A labelled variant, such as `onnx-int8+small`, is missing, because no command has built it.",
             "`--from` names a variant that the step cannot use, such as `quantize --from onnx-int8`.",
         ),
         (
@@ -119,7 +119,7 @@ TEXTS: dict[type[ToolchainError], ErrorText] = {
     errors.ArtifactError: ErrorText(
         "A folder under `--exported` cannot be read, written or replaced, or the variant is not built.",
         (
-            "The variant is not built yet.",
+            "No command has built the variant.",
             "A folder with the name of a variant has no manifest, because another program made it.",
             "The manifest comes from a newer release, or its file is damaged.",
             "The disk is full, or the folder is read-only.",
@@ -174,7 +174,7 @@ TEXTS: dict[type[ToolchainError], ErrorText] = {
     errors.ProviderError: ErrorText(
         "The execution provider or a package of the runtime is unavailable, or a session would run elsewhere.",
         (
-            "The package of the runtime is not installed, or fits another CUDA version.",
+            "The package of the runtime is not installed, or was built for another CUDA version.",
             "There is no GPU, or its driver is too old.",
             "The provider has no kernel for an operator, so the operator would silently run on the CPU.",
             "The variant needs instructions that this processor does not have.",

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from toolchain.bench.operators import largest_shares
 from toolchain.explain.origin import BUILT, CHANGED, MISSING, Ancestor
-from toolchain.explain.relatives import MeasuredCell, MeasuredRun, Relative
+from toolchain.explain.relatives import UNUSABLE, MeasuredCell, MeasuredRun, Relative
 from toolchain.explain.variant import Bytes, Explanation, Time
 
 _STATES = {
     CHANGED: "another build replaced it later, so the steps before this build are unknown",
     MISSING: "its folder no longer exists, so the steps before it are unknown",
 }
+_RELATIVE_STATES = {MISSING: "not built", UNUSABLE: "unusable"}
 _SHA256 = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,52}\b")  # also the commit of a hub model, which has 40 digits
 _SCORES = {"accuracy": "accuracy {:.2%}", "regression": "R² {:.3f}", "entities": "F1 {:.3f}"}
 
@@ -95,7 +96,7 @@ def _relative_lines(relatives: Sequence[Relative]) -> Iterator[str]:
         [
             (
                 relative.variant,
-                _size(relative.size_bytes) if relative.size_bytes else "not built",
+                _size(relative.size_bytes) if relative.size_bytes else _RELATIVE_STATES[relative.state],
                 ", ".join(relative.relations),
             )
             for relative in relatives

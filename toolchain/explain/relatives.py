@@ -17,6 +17,8 @@ from toolchain.progress import Say
 from toolchain.results.folder import ResultsFolder
 from toolchain.results.result_file import ResultFile
 
+UNUSABLE = "unusable"
+
 
 @dataclass(frozen=True)
 class Relative:
@@ -25,9 +27,9 @@ class Relative:
     Attributes:
         variant: Name of the variant.
         relations: How it is related, such as ``parent``.
-        state: ``built`` or ``missing``.
-        id: Id of its artifact; None if it is not built.
-        size_bytes: Size of its files; None if it is not built.
+        state: ``built``, ``missing``, or ``unusable`` if its manifest cannot be read.
+        id: Id of its artifact; None if it is missing or unusable.
+        size_bytes: Size of its files; None if it is missing or unusable.
     """
 
     variant: str
@@ -82,12 +84,9 @@ def find_relatives(workspace: Workspace, artifact: Artifact) -> list[Relative]:
         relations.setdefault(name, []).append(relation)
     relatives = []
     for name, names in relations.items():
-        found = _load(workspace, name)
-        if found:
-            manifest = found.manifest
-            relatives.append(Relative(name, tuple(names), BUILT, manifest.id, manifest.size_bytes))
-        else:
-            relatives.append(Relative(name, tuple(names), MISSING))
+        state, artifact_of_name = _load(workspace, name)
+        known = (artifact_of_name.id, artifact_of_name.size_bytes) if artifact_of_name else (None, None)
+        relatives.append(Relative(name, tuple(names), state, *known))
     return relatives
 
 
@@ -106,16 +105,18 @@ def _relations(workspace: Workspace, artifact: Artifact) -> Iterator[tuple[str, 
         names = [own_name.with_parts(label=label, **change) for label in label_prefixes(parts.label)] if change else []
         names = [name for name in names if is_variant(name)]
         if names:
-            yield relation, next((name for name in names if _load(workspace, name)), names[-1])
+            yield relation, next((name for name in names if _load(workspace, name)[1]), names[-1])
     if own_name != ROOT_VARIANT:
         yield "imported model", VariantName(ROOT_VARIANT)
 
 
-def _load(workspace: Workspace, name: str) -> Artifact | None:
+def _load(workspace: Workspace, name: str) -> tuple[str, Artifact | None]:
+    """Returns the state of a variant, and its artifact if it is built."""
     try:
-        return workspace.load(name)
+        artifact = workspace.load(name)
     except ArtifactError:
-        return None  # an unusable relative cannot be compared, as a missing one
+        return UNUSABLE, None  # the explanation of the artifact itself does not need this relative
+    return (BUILT, artifact) if artifact else (MISSING, None)
 
 
 def find_runs(results: ResultsFolder, artifact: Artifact, relatives: list[Relative], say: Say) -> list[MeasuredRun]:

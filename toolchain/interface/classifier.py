@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from toolchain.data.files import Text
 
-CHUNK = 2000  # texts that are tokenised at once
+MOST_TEXTS = 2000  # largest number of texts that the classifier tokenises in one step
 
 
 class Classifier:
@@ -83,7 +83,7 @@ class Classifier:
             One prediction for one text; a list of predictions for a list, in its order.
 
         Raises:
-            DataError: An item is no text.
+            DataError: An item is not a text.
             SettingsError: The classifier is closed.
 
         Examples:
@@ -97,15 +97,15 @@ class Classifier:
             if isinstance(texts, str):
                 return self._predict([texts])[0]
             if not isinstance(texts, Iterable):
-                raise DataError(f"{texts!r} is no text.", "Give a text, or a list of texts.")
+                raise DataError(f"{texts!r} is not a text.", "Give a text, or a list of texts.")
             return self._predict(list(texts))
 
     def _predict(self, texts: Sequence[Text]) -> list[Prediction]:
         for number, text in enumerate(texts, start=1):
             _check_text(number, text)
         predictions = []
-        for start in range(0, len(texts), CHUNK):
-            predictions += predict_texts(self._loaded_model, self._label_set, texts[start : start + CHUNK])
+        for start in range(0, len(texts), MOST_TEXTS):
+            predictions += predict_texts(self._loaded_model, self._label_set, texts[start : start + MOST_TEXTS])
         return predictions
 
     @calling()
@@ -141,7 +141,7 @@ def _check_text(number: int, text: object) -> None:
     parts = [item for item in items if isinstance(item, str)]
     if len(parts) < len(items):
         raise DataError(
-            f"Item {number} is {text!r:.80}, which is no text.", "Give a text, or a tuple of two texts for a pair."
+            f"Item {number} is {text!r:.80}, which is not a text.", "Give a text, or a tuple of two texts for a pair."
         )
     try:
         "".join(parts).encode()

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from toolchain.compare.report.plots import Plot
 
-SORTS = ("accuracy", "latency", "throughput", "memory", "size")
 _FORMATS = {".html": html.to_html, ".csv": flat.to_csv, ".md": markdown.to_markdown}
 
 
@@ -164,7 +163,7 @@ class Result:
             True
         """
         if sort is not None:
-            check_choice("sort", sort, SORTS)
+            check_choice("sort", sort, list(drawing_figures.AXES))
         if provider is not None:
             check_choice("provider", provider, ("cpu", "cuda"))
         name = baseline.name if isinstance(baseline, Artifact) else baseline

@@ -28,7 +28,7 @@ from toolchain.system import hardware
 
 @dataclass(frozen=True)
 class BuiltVariant:
-    """A variant of a recipe after the build.
+    """The result of building one variant of a recipe.
 
     Attributes:
         variant: Name of the variant.

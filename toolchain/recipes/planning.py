@@ -109,7 +109,7 @@ def _model_of(recipe: Recipe, folder: Path, overrides: Overrides) -> str:
     if model.kind == "hub":
         if not hub.HUB_ID.fullmatch(model.ref):
             raise RecipeError(
-                f"The recipe's model {model.ref!r} is no hub id.",
+                f"The recipe's model {model.ref!r} is not a hub id.",
                 "Correct the key ref, or name the model with --model.",
             )
         return model.ref
@@ -132,7 +132,7 @@ def _base_of(recipe: Recipe, folder: Path, workspace: Workspace) -> str | None:
         return None
     if not base.startswith(FOLDER_PREFIX):
         if not hub.HUB_ID.fullmatch(base):
-            raise RecipeError(f"The recipe's base {base!r} is no hub id.", "Name the base with --base.")
+            raise RecipeError(f"The recipe's base {base!r} is not a hub id.", "Name the base with --base.")
         return base
     path = record.path_inside(folder, base, "the base", "--base")
     if path.is_dir():
@@ -155,7 +155,7 @@ def _training_source(recipe: Recipe, folder: Path) -> TrainingSource:
         return TrainingSource(str(path.resolve()), columns, training.split)
     if hub_dataset(training.ref) is None or Path(training.ref).exists():
         raise RecipeError(
-            f"The recipe's training data {training.ref!r} is no hub dataset.", "Name the data with --train-data."
+            f"The recipe's training data {training.ref!r} is not a hub dataset.", "Name the data with --train-data."
         )
     return TrainingSource(training.ref, columns, training.split)
 

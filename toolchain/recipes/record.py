@@ -189,7 +189,7 @@ class Recipe:
             raise ValueError("two variants have the same name")
         for table, names in (("bench", self.bench and self.bench.variants), ("ship", self.ship and self.ship.variants)):
             if missing := [name for name in names or () if name not in self.names]:
-                raise ValueError(f"[{table}] names {missing[0]!r}, which is no variant of the recipe")
+                raise ValueError(f"[{table}] names {missing[0]!r}, which is not a variant of the recipe")
 
     @property
     def names(self) -> set[str]:
@@ -271,7 +271,7 @@ def _require_known(path: Path, place: str, keys: Iterable[str], known: Iterable[
 
 
 def _check_parents(path: Path, recipe: Recipe) -> None:
-    """Raises `RecipeError` if a parent is no variant of the recipe, or if the parents form a cycle."""
+    """Raises `RecipeError` if a parent is not a variant of the recipe, or if the parents form a cycle."""
     parents = {record.name: record.parent for record in recipe.variants}
     for name, parent in parents.items():
         if parent is not None and parent not in parents:

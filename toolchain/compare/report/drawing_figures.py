@@ -34,27 +34,28 @@ def figure_against(panels: Sequence[Panel], y: str, x: str) -> tuple[Figure, str
     shown = select_rows(panels, lambda row: y_of(row) is not None and x_of(row) is not None)
     if not shown:
         return None
+    points = [[(x_of(row) or 0.0, y_of(row) or 0.0, panel.label(row)) for row in panel.rows] for panel in shown]
     figure, grid = canvas([point_panel_height(panel) for panel in shown], sharex=True, sharey=True)
     descriptions = []
-    for (axes,), panel in zip(grid, shown, strict=True):
+    for (axes,), panel, panel_points in zip(grid, shown, points, strict=True):
         axes.set_title(panel.title)
         axes.set_ylabel(y_label)
-        points = [(x_of(row) or 0.0, y_of(row) or 0.0, panel.label(row)) for row in panel.rows]
-        for (x_value, y_value, _), row in zip(points, panel.rows, strict=True):
+        for (x_value, y_value, _), row in zip(panel_points, panel.rows, strict=True):
             colour, marker = runtime_style(row)
             axes.plot(x_value, y_value, marker, color=colour, markersize=6, zorder=3)
             if row.measurement is row.baseline:
                 axes.plot(x_value, y_value, color=INK, **RING)
         descriptions.append(
             f"{panel.title}: "
-            + ", ".join(f"{label} ({y} {y_value:.4g}, {x} {x_value:.4g})" for x_value, y_value, label in points)
+            + ", ".join(f"{label} ({y} {y_value:.4g}, {x} {x_value:.4g})" for x_value, y_value, label in panel_points)
         )
-    for kind, place in ((x, "xaxis"), (y, "yaxis")):
-        if kind != "accuracy":
-            value_of = AXES[kind][1]
-            axis_of(getattr(grid[0][0], place), [value_of(row) or 0.0 for panel in shown for row in panel.rows])
+    all_points = [point for panel_points in points for point in panel_points]
+    if x != "accuracy":
+        axis_of(grid[0][0].xaxis, [x_value for x_value, _, _ in all_points])
+    if y != "accuracy":
+        axis_of(grid[0][0].yaxis, [y_value for _, y_value, _ in all_points])
     grid[-1][0].set_xlabel(x_label)
     legend(figure, [row for panel in shown for row in panel.rows], {"baseline": RING})
-    for (axes,), panel in zip(grid, shown, strict=True):
-        place_labels(axes, [(x_of(row) or 0.0, y_of(row) or 0.0, panel.label(row)) for row in panel.rows])
+    for (axes,), panel_points in zip(grid, points, strict=True):
+        place_labels(axes, panel_points)
     return figure, join_descriptions(descriptions)
