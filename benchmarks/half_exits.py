@@ -5,7 +5,6 @@ The head of the exit has random weights, so its predictions mean nothing.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,15 +34,17 @@ def add_half_exit(parent: Artifact, encoder: encoding.Encoder, folder: Path) -> 
     graph = read(parent.onnx_path)
     layer = len(layer_weights(graph)) // 2
     rows = encoder.encode(inputs.load(None, parent.label_set).texts)
-    means = heads.observe(parent, rows, encoder, 1, lambda *_: None).means[layer]
+    states = heads.compute_states(parent, layer, rows, encoder, 1, lambda *_: None)
     rng = np.random.default_rng(1)
-    sizes = (means.shape[1], heads.UNITS, len(parent.manifest.labels))
-    first, last = (rng.normal(size=shape).astype(np.float32) for shape in itertools.pairwise(sizes))
-    network = heads.Network((first, last), (np.zeros(sizes[1], np.float32), np.zeros(sizes[2], np.float32)))
-    logits = network.run(means)
+    sizes = (heads.UNITS, len(parent.manifest.labels))
+    first = rng.normal(size=(3 * states.tokens.shape[1], sizes[0])).astype(np.float32)
+    last = rng.normal(size=(2 * sizes[0], sizes[1])).astype(np.float32)
+    network = heads.Network((first, last), (np.zeros(sizes[0], np.float32), np.zeros(sizes[1], np.float32)))
+    logits = network.run(states)
     # Without this divisor, most confidences would be 1, and no threshold would divide the sentences in halves.
-    network = network.divide_logits(float(np.median(np.abs(logits[:, 0] - logits[:, 1]))))
-    confidence = float(np.median(choice.confidences(network.run(means), parent.label_set.task)))
+    divisor = float(np.median(np.abs(logits[:, 0] - logits[:, 1])))
+    network = network.divide_logits(divisor)
+    confidence = float(np.median(choice.confidences(logits / divisor, parent.label_set.task)))
     head = ExitHead(layer, network.weights, network.biases, confidence)
     graph, _ = rewrite(graph, ["exits"], replace(context_of(parent.path), exits=(head,)))
     write(graph, folder / parent.onnx_path.name)

@@ -14,8 +14,8 @@ from toolchain import passes
 from toolchain.backends.ort import session_options
 from toolchain.data.labels import MULTI, SINGLE
 from toolchain.exits.choice import confidences
-from toolchain.exits.heads import Network
-from toolchain.passes.exits import ExitHead, hidden_states, pool
+from toolchain.exits.heads import Network, States
+from toolchain.passes.exits import ExitHead, keep_state
 
 
 def make_head(
@@ -23,7 +23,7 @@ def make_head(
 ) -> ExitHead:
     """Returns a random head for two labels."""
     source = np.random.default_rng(seed + layer)
-    weights = (source.normal(size=(width, 8)) / 4, source.normal(size=(8, 2)) / 2)
+    weights = (source.normal(size=(3 * width, 8)) / 8, source.normal(size=(16, 2)) / 2)
     biases = (source.normal(size=8), source.normal(size=2))
     first, second = ((w.astype(np.float32), b.astype(np.float32)) for w, b in zip(weights, biases, strict=True))
     return ExitHead(layer, (first[0], second[0]), (first[1], second[1]), confidence, several_labels)
@@ -48,15 +48,17 @@ def expected_logits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the logits that each text of the batch must get, and whether it passes all exits.
 
-    The function computes the heads outside the graph, from the means of the hidden states.
+    The function computes the heads outside the graph, from the hidden states.
     """
-    model = passes.read(path)
-    names = pool(model, hidden_states(model))
-    outputs = dict(zip([value.name for value in model.graph.outputs], open_model(model).run(None, batch), strict=True))
-    logits = outputs["logits"].copy()
+    logits = open_model(passes.read(path)).run(None, batch)[0].copy()
+    real = batch["attention_mask"] == 1
     is_left = np.ones(len(logits), bool)
     for head in heads:
-        head_logits = Network(head.weights, head.biases).run(outputs[names[head.layer]])
+        model = passes.read(path)
+        keep_state(model, head.layer)
+        hidden = open_model(model).run(None, batch)[0]
+        states = States(hidden[real], np.concatenate([[0], np.cumsum(real.sum(axis=1))]))
+        head_logits = Network(head.weights, head.biases).run(states)
         leaves = is_left & (confidences(head_logits, MULTI if head.several_labels else SINGLE) >= head.confidence)
         logits[leaves] = head_logits[leaves]
         is_left &= ~leaves

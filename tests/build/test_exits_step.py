@@ -45,8 +45,10 @@ def rows(tmp_path_factory):
 def run(say, tiny, tiny_checkpoint, rows, monkeypatch):
     """Runs `toolchain exits` on the tiny model; returns exit code, output and messages.
 
-    The layers of the tiny model have fewer weights than an exit costs, so exits cost nothing here.
+    The layers of the tiny model have fewer weights than an exit costs, so exits cost nothing here. Its predictions are
+    never confident, so a low temperature makes its heads confident.
     """
+    monkeypatch.setattr("toolchain.exits.heads.TEMPERATURES", (1 / 8,))
     monkeypatch.setattr("toolchain.exits.choice.EXIT_WEIGHTS", 0)
 
     def run_command(*arguments, train=rows):
@@ -153,12 +155,12 @@ def test_a_model_that_does_not_classify_texts_is_refused(tmp_path, say):
 def test_heads_also_learn_from_pairs_of_rows(run, monkeypatch):
     calls = []
 
-    def observe(artifact, rows, *arguments):
+    def compute_logits(artifact, rows, *arguments):
         calls.append([len(row) for row in rows])
-        return original_observe(artifact, rows, *arguments)
+        return original(artifact, rows, *arguments)
 
-    original_observe = heads.observe
-    monkeypatch.setattr(heads, "observe", observe)
+    original = heads.compute_logits
+    monkeypatch.setattr(heads, "compute_logits", compute_logits)
     assert run("--from", "onnx-fp32", "--max-drop", "50", "--name", "pairs")[0] == 0
     training, held_out = calls
     assert len(held_out) == ROWS // 10
@@ -219,7 +221,7 @@ def test_a_golden_sentence_is_not_near_the_confidence_of_an_exit(run, tiny, tmp_
     steady = select_stable_sentences([artifact], sentences)
     assert sentences[0] not in steady
     assert steady
-    change_confidence(model, lambda confidence: confidence + 0.01)
+    change_confidence(model, lambda confidence: confidence + 0.1 * confidence * (1 - confidence))
     other = open_model(model)
     for text in steady:
         row = pad(encoder.encode([text]), encoder.names, encoder.pad_id)

@@ -74,38 +74,66 @@ def test_the_confidence_of_several_labels_is_that_of_the_least_certain_one():
 
 @pytest.fixture(scope="module")
 def lesson():
-    """Means of hidden states from which a linear rule tells the logits, with one channel that never changes."""
+    """Hidden states whose logits follow from pairs of neighbours, with one channel that never changes.
+
+    A text is positive if a token with a large first channel stands directly before a token with a large third channel.
+    No mean over the tokens tells this order.
+    """
     source = np.random.default_rng(1)
-    means = source.normal(size=(2000, 6)).astype(np.float32) * [1, 10, 0.1, 1, 1, 0] + [0, 5, 0, 0, 0, 3]
-    means = means.astype(np.float32)
-    margin = 3 * (means[:, 0] + means[:, 2] * 10)
-    return means, np.stack([-margin, margin], axis=1).astype(np.float32)
+    lengths = source.integers(4, 9, size=3000)
+    texts = []
+    for index, length in enumerate(lengths):
+        text = source.normal(size=(length, 6)) / 4
+        place = source.integers(0, length - 1)
+        first, second = (place, place + 1) if index % 2 else (place + 1, place)
+        text[first, 0] += 4
+        text[second, 2] += 4
+        texts.append(text * [1, 10, 0.1, 1, 1, 0] + [0, 5, 0, 0, 0, 3])
+    states = heads.States(np.concatenate(texts).astype(np.float32), np.concatenate([[0], np.cumsum(lengths)]))
+    margin = np.where(np.arange(len(lengths)) % 2, 3.0, -3.0)
+    return states, np.stack([-margin, margin], axis=1).astype(np.float32)
+
+
+def take(states, count):
+    return heads.States(states.tokens[: states.starts[count]], states.starts[: count + 1])
 
 
 @pytest.mark.parametrize("task", [SINGLE, MULTI])
-def test_a_head_learns_the_answers_of_the_graph(lesson, task):
-    means, logits = lesson
-    network = heads.train(means[:1500], logits[:1500], task, seed=20)
-    assert (network.run(means[1500:]).argmax(axis=1) == logits[1500:].argmax(axis=1)).mean() > 0.9
-    again = heads.train(means[:1500], logits[:1500], task, seed=20)
-    other = heads.train(means[:1500], logits[:1500], task, seed=21)
+def test_a_head_learns_the_answers_of_the_graph_from_neighbouring_tokens(lesson, task):
+    states, logits = lesson
+    few = take(states, 2000)
+    network = heads.train(few, logits[:2000], task, seed=20)
+    assert (network.run(states)[2000:].argmax(axis=1) == logits[2000:].argmax(axis=1)).mean() > 0.9
+    again = heads.train(few, logits[:2000], task, seed=20)
+    other = heads.train(few, logits[:2000], task, seed=21)
     assert np.array_equal(network.weights[0], again.weights[0])
     assert not np.array_equal(network.weights[0], other.weights[0])
 
 
 @pytest.mark.parametrize("task", [SINGLE, MULTI])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 4.0])
-def test_calibration_finds_the_temperature(lesson, task, factor):
+def test_calibration_finds_the_temperature(task, factor):
     """Labels drawn from the probabilities of a head need no other temperature than its own."""
-    means, logits = lesson
-    network = heads.train(means, logits / 4, task, seed=20)
-    probabilities = heads.label_probabilities(network.run(means), task)
-    drawn = np.random.default_rng(2).random(probabilities.shape if task == MULTI else (len(means), 1))
+    source = np.random.default_rng(2)
+    margin = 2 * source.normal(size=2000)
+    logits = np.stack([-margin, margin], axis=1).astype(np.float32)
+    probabilities = heads.label_probabilities(logits, task)
+    drawn = source.random(probabilities.shape if task == MULTI else (len(logits), 1))
     if task == MULTI:
         targets = (drawn < probabilities).astype(np.float32)
     else:
         first = (drawn < probabilities[:, :1]).astype(np.float32)
         targets = np.concatenate([first, 1 - first], axis=1)
-    wrong = heads.Network(network.weights, network.biases).divide_logits(1 / factor)
-    calibrated = heads.calibrate(wrong, means, targets, task)
-    assert calibrated.run(means) == pytest.approx(network.run(means), rel=0.2, abs=0.05)
+    network = heads.Network((np.ones((3, 2)), np.ones((4, 2))), (np.ones(2), np.ones(2)))
+    calibrated, divided = heads.calibrate(network, logits * factor, targets, task)
+    assert divided == pytest.approx(logits, rel=0.2, abs=0.05)
+    assert network.weights[1] / calibrated.weights[1] == pytest.approx(factor, rel=0.2)
+
+
+def test_few_texts_are_kept_and_too_many_are_thinned_out(monkeypatch):
+    rows = [[0] * length for length in range(1, 101)]
+    assert heads.select_texts(rows, 8) == rows
+    monkeypatch.setattr(heads, "MOST_BYTES", 2 * 8 * 2000)
+    chosen = heads.select_texts(rows, 8)
+    assert chosen == rows[::3]
+    assert 2 * 8 * sum(map(len, chosen)) <= heads.MOST_BYTES

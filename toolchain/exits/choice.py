@@ -18,7 +18,7 @@ CONFIDENT_TASKS = (SINGLE, MULTI)  # tasks whose predictions have a confidence
 MOST_EXITS = 4
 CONFIDENCES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999)
 # The small operators of an exit take about as much time as a product with this number of weights, at batch 1.
-EXIT_WEIGHTS = 150_000
+EXIT_WEIGHTS = 300_000
 
 
 @dataclass(frozen=True)

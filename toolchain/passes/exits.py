@@ -1,10 +1,10 @@
 """Exits: a text skips the later layers if the prediction after an early layer is confident.
 
-After a layer, a small network (the head) predicts the logits from the hidden states. If its confidence reaches the
-threshold for all texts of the batch, an `If` node skips the remaining nodes. Otherwise a branch of the `If` node
-gathers the rows of the other texts, and computes the next layers for these rows only. It then replaces the head's
-logits of these rows. The branch can contain the next exit. DeeBERT (https://arxiv.org/abs/2004.12993)
-and PABEE (https://arxiv.org/abs/2006.04152) describe exits of encoders.
+After a layer, a small network (the head) predicts the logits from the hidden states of neighbouring tokens. If its
+confidence reaches the threshold for all texts of the batch, an `If` node skips the remaining nodes. Otherwise a branch
+of the `If` node gathers the rows of the other texts, and computes the next layers for these rows only. It then replaces
+the head's logits of these rows. The branch can contain the next exit. DeeBERT (https://arxiv.org/abs/2004.12993) and
+PABEE (https://arxiv.org/abs/2006.04152) describe exits of encoders.
 """
 
 from __future__ import annotations
@@ -33,11 +33,16 @@ SHAPE_READERS = ("Shape", "Size")
 
 @dataclass(frozen=True)
 class ExitHead:
-    """A network with one hidden layer, which predicts logits from the mean of a text's hidden states.
+    """A small convolutional network that predicts logits from a text's hidden states.
+
+    A linear layer reads the hidden states of each token and of its two neighbours. ReLU follows. The largest value and
+    the mean of each unit over all tokens of the text are the input of the second linear layer. Kim 2014,
+    "Convolutional Neural Networks for Sentence Classification" (https://arxiv.org/abs/1408.5882), is the paper.
 
     Attributes:
         layer: Number of encoder layers before the exit; 0 for an exit after the embeddings.
-        weights: Weights of the two linear layers, of shape [width, units] and [units, labels].
+        weights: Weights of the two linear layers, of shape [3 * width, units] and [2 * units, labels]. The rows of the
+            first weights belong to the token before, the token itself, and the token after.
         biases: Biases of the two linear layers, of shape [units] and [labels].
         confidence: Confidence threshold, the smallest confidence with which a text exits. The confidence is the
             probability of the predicted label. If a text can have several labels, it is the smallest over all labels.
@@ -112,21 +117,21 @@ def _text_nodes(model: ir.Model) -> list[ir.Node]:
     return on_path[::-1]
 
 
-def pool(model: ir.Model, states: Sequence[ir.Value]) -> list[str]:
-    """Adds the mean of each hidden state over the tokens of each text to the outputs; returns the names of the outputs.
+def keep_state(model: ir.Model, layer: int) -> None:
+    """Makes the hidden state before encoder layer `layer` the only output of the graph; `layer` counts from 0.
 
-    The mean has the shape [batch, width].
+    The output is float32 and has the shape [batch, sequence, width].
+
+    Raises:
+        GraphError: As in `hidden_states`.
     """
     import onnx_ir as ir
+    from onnx_ir.passes import common
 
-    scope = _Scope(model, "pooled")
-    shares = _token_shares(scope, _mask(model))
-    for index, state in enumerate(states):
-        mean = _mean(scope, shares, state, str(index))
-        mean.dtype, mean.shape = ir.DataType.FLOAT, ir.Shape(["batch", "width"])
-        model.graph.outputs.append(mean)
-    model.graph.extend(scope.nodes)
-    return [f"pooled/{index}/mean" for index in range(len(states))]
+    state = hidden_states(model)[layer]
+    state.dtype, state.shape = ir.DataType.FLOAT, ir.Shape(["batch", "sequence", "width"])
+    model.graph.outputs[:] = [state]
+    common.RemoveUnusedNodesPass()(model)
 
 
 def exits(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
@@ -247,7 +252,7 @@ def _exit(scope: _Scope, targets: Sequence[ir.Value], heads: Sequence[ExitHead])
 
     model, head = scope.model, heads[0]
     state, mask = scope.find(targets[0]), scope.find(_mask(model))
-    logits = _head_logits(scope, _mean(scope, _token_shares(scope, mask), state, "exit"), head)
+    logits = _head_logits(scope, state, mask, head)
     rows = _remaining_rows(scope, logits, head)
     all_sure = scope.add("Equal", [scope.add("Size", [rows], "unsure"), scope.number(0)], "all_sure")
 
@@ -301,32 +306,40 @@ def _mask(model: ir.Model) -> ir.Value:
     return mask
 
 
-def _token_shares(scope: _Scope, mask: ir.Value) -> ir.Value:
-    """Returns the share of each token in the mean of its text, of shape [batch, 1, tokens]; 0 for padding."""
-    ones = scope.add("Cast", [mask], "mask", to=1)
-    counts = scope.add("ReduceSum", [ones, scope.number(1, is_list=True)], "tokens", keepdims=1)
-    shares = scope.add("Div", [ones, counts], "shares")
-    return scope.add("Unsqueeze", [shares, scope.number(1, is_list=True)], "row_shares")
-
-
-def _mean(scope: _Scope, shares: ir.Value, state: ir.Value, name: str) -> ir.Value:
-    """Returns the mean hidden state of each text, of shape [batch, width]."""
-    mean = scope.add("MatMul", [shares, state], f"{name}/row_mean")
-    return scope.add("Squeeze", [mean, scope.number(1, is_list=True)], f"{name}/mean")
-
-
-def _head_logits(scope: _Scope, mean: ir.Value, head: ExitHead) -> ir.Value:
+def _head_logits(scope: _Scope, state: ir.Value, mask: ir.Value, head: ExitHead) -> ir.Value:
     """Returns the logits that the head predicts, of shape [batch, labels]."""
-    value = mean
-    for index, (weight, bias) in enumerate(zip(head.weights, head.biases, strict=True)):
-        stored = (
-            constant(scope.model, f"exit{head.layer}/{name}{index}", array)
-            for name, array in (("weight", weight), ("bias", bias))
+    import numpy as np
+
+    (filters, bias), (last_weight, last_bias) = (
+        (
+            constant(scope.model, f"exit{head.layer}/weight{index}", weight),
+            constant(scope.model, f"exit{head.layer}/bias{index}", bias),
         )
-        value = scope.add("Gemm", [value, *stored], f"exit/linear{index}")
-        if index == 0:
-            value = scope.add("Relu", [value], "exit/relu")
-    return value
+        for index, (weight, bias) in enumerate(zip(head.weights, head.biases, strict=True))
+    )
+    second, last = scope.number(1, is_list=True), scope.number(-1, is_list=True)
+    real = scope.add("Cast", [mask], "exit/real", to=1)
+    real_tokens = scope.add("Unsqueeze", [real, last], "exit/real_tokens")
+    # Padding counts as zeros, like the neighbours that the first and the last token of a text lack.
+    tokens = scope.add("Mul", [state, real_tokens], "exit/tokens")
+    # A negative number removes tokens.
+    moved = {"before": [0, 1, 0, 0, -1, 0], "after": [0, -1, 0, 0, 1, 0]}
+    before, after = (
+        scope.add(
+            "Pad", [tokens, constant(scope.model, f"exits/{name}", np.array(pads, np.int64))], f"exit/tokens_{name}"
+        )
+        for name, pads in moved.items()
+    )
+    neighbours = scope.add("Concat", [before, tokens, after], "exit/neighbours", axis=-1)
+    product = scope.add("MatMul", [neighbours, filters], "exit/product")
+    units = scope.add("Relu", [scope.add("Add", [product, bias], "exit/sum")], "exit/relu")
+    real_units = scope.add("Mul", [units, real_tokens], "exit/units")
+    count = scope.add("ReduceSum", [real, second], "exit/count", keepdims=1)
+    mean = scope.add(
+        "Div", [scope.add("ReduceSum", [real_units, second], "exit/total", keepdims=0), count], "exit/mean"
+    )
+    pooled = scope.add("Concat", [_reduce(scope, "ReduceMax", real_units, 1, "largest"), mean], "exit/pooled", axis=-1)
+    return scope.add("Gemm", [pooled, last_weight, last_bias], "exit/linear")
 
 
 def _remaining_rows(scope: _Scope, logits: ir.Value, head: ExitHead) -> ir.Value:
@@ -335,18 +348,19 @@ def _remaining_rows(scope: _Scope, logits: ir.Value, head: ExitHead) -> ir.Value
 
     if head.several_labels:  # a label is as certain as its logit is far from 0
         certainty = scope.add("Sigmoid", [scope.add("Abs", [logits], "exit/distance")], "exit/probabilities")
-        confidence = _reduce(scope, "ReduceMin", certainty)
+        confidence = _reduce(scope, "ReduceMin", certainty, -1, "confidence")
     else:
-        confidence = _reduce(scope, "ReduceMax", scope.add("Softmax", [logits], "exit/probabilities", axis=-1))
+        probabilities = scope.add("Softmax", [logits], "exit/probabilities", axis=-1)
+        confidence = _reduce(scope, "ReduceMax", probabilities, -1, "confidence")
     threshold = constant(scope.model, CONFIDENCE, np.array(head.confidence, np.float32))
     is_unsure = scope.add("Less", [confidence, threshold], "exit/is_unsure")
     rows = scope.add("NonZero", [is_unsure], "exit/unsure_rows")
     return scope.add("Squeeze", [rows, scope.number(0, is_list=True)], "exit/rows")
 
 
-def _reduce(scope: _Scope, operator: str, value: ir.Value) -> ir.Value:
-    """Reduces the last axis; before opset 18, the axes are an attribute."""
+def _reduce(scope: _Scope, operator: str, value: ir.Value, axis: int, name: str) -> ir.Value:
+    """Reduces one axis; before opset 18, the axes are an attribute."""
     if scope.model.opset_imports[""] < 18:
-        return scope.add(operator, [value], "exit/confidence", axes=[-1], keepdims=0)
-    axes = scope.number(-1, is_list=True)
-    return scope.add(operator, [value, axes], "exit/confidence", keepdims=0)
+        return scope.add(operator, [value], f"exit/{name}", axes=[axis], keepdims=0)
+    axes = scope.number(axis, is_list=True)
+    return scope.add(operator, [value, axes], f"exit/{name}", keepdims=0)

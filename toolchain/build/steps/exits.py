@@ -17,12 +17,13 @@ from toolchain.errors import DataError, GraphError
 from toolchain.exits import choice, heads
 from toolchain.passes import read
 from toolchain.passes.exits import ExitHead, layer_weights
+from toolchain.passes.model_shape import context_of
 from toolchain.training.augmentation import AugmentedExamples, encode_rows
 
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 2
+VERSION = 3
 BATCH_SIZE = 32  # of training texts
 MIN_TRAINING_ROWS = 100
 
@@ -55,18 +56,23 @@ def add_exits(job: Job[Exits]) -> StepResult:
         )
     encoder = Encoder.open(parent.path, [spec.name for spec in parent.manifest.inputs], parent.manifest.max_length)
     held_out = data.select(held_out_rows)
-    training = heads.observe(parent, _training_ids(job, data, train_rows, encoder), encoder, BATCH_SIZE, job.progress)
+    held_out_ids = encoder.encode(held_out.texts)
+    training_ids = heads.select_texts(_training_ids(job, data, train_rows, encoder), context_of(parent.path).width)
+    train_logits = heads.compute_logits(parent, training_ids, encoder, BATCH_SIZE, job.progress)
     # The rows of an int8 batch share activation scales, so each held-out row is a batch of its own.
-    evaluation = heads.observe(parent, encoder.encode(held_out.texts), encoder, 1, job.progress)
-    targets = _targets(held_out.labels, evaluation.logits.shape[1], task)
-    networks = []
-    for index, (means, held_out_means) in enumerate(zip(training.means, evaluation.means, strict=True)):
-        job.progress(index, len(training.means), "training the heads of the exits")
-        network = heads.train(means, training.logits, task, step.seed)
-        networks.append(heads.calibrate(network, held_out_means, targets, task))
-    logits = [network.run(means) for network, means in zip(networks, evaluation.means, strict=True)]
+    last_logits = heads.compute_logits(parent, held_out_ids, encoder, 1, job.progress)
+    targets = _targets(held_out.labels, last_logits.shape[1], task)
+    networks, logits = [], []
+    for layer in range(len(weights)):
+        states = heads.compute_states(parent, layer, training_ids, encoder, BATCH_SIZE, job.progress, "float16")
+        job.progress(layer, len(weights), "training the heads of the exits")
+        network = heads.train(states, train_logits, task, step.seed)
+        held_out_states = heads.compute_states(parent, layer, held_out_ids, encoder, 1, job.progress)
+        network, head_logits = heads.calibrate(network, network.run(held_out_states), targets, task)
+        networks.append(network)
+        logits.append(head_logits)
     chosen = choice.choose(
-        _compare_with_labels(logits, evaluation.logits, held_out.labels, task, weights), step.max_drop, step.layers
+        _compare_with_labels(logits, last_logits, held_out.labels, task, weights), step.max_drop, step.layers
     )
     exits = [
         ExitHead(layer, networks[layer].weights, networks[layer].biases, chosen.point.confidence, task == MULTI)
