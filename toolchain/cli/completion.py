@@ -52,6 +52,11 @@ def complete_folders(_: click.Context, __: click.Parameter, incomplete: str) -> 
     return [CompletionItem(incomplete, type="dir")]
 
 
+def complete_data(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Returns `sst2`, the embedded data; without it, the shell completes files and folders."""
+    return _items(["sst2"], incomplete) if incomplete else [CompletionItem("", type="file")]
+
+
 def _items(names: Iterable[str], incomplete: str) -> list[CompletionItem[str]]:
     return [CompletionItem(name) for name in sorted(set(names)) if name.startswith(incomplete)]
 
