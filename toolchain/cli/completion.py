@@ -53,8 +53,16 @@ def complete_folders(_: click.Context, __: click.Parameter, incomplete: str) -> 
 
 
 def complete_data(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """Returns `sst2`, the embedded data; without it, the shell completes files and folders."""
-    return _items(["sst2"], incomplete) if incomplete else [CompletionItem("", type="file")]
+    """Returns `sst2`, the embedded data, if the user began its name; otherwise, the shell completes files."""
+    embedded = _items(["sst2"], incomplete) if incomplete else []
+    return embedded or [CompletionItem(incomplete, type="file")]
+
+
+def complete_targets(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Returns the targets of `init` whose names begin with `incomplete`."""
+    from toolchain.recipes.starter import PLACES
+
+    return _items(PLACES, incomplete)
 
 
 def _items(names: Iterable[str], incomplete: str) -> list[CompletionItem[str]]:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
-from toolchain.cli.completion import complete_data, complete_files, complete_models
+from toolchain.cli.completion import complete_data, complete_files, complete_models, complete_targets
 from toolchain.cli.options import DATA, columns_options, debug_option, folder_options
 from toolchain.cli.output import echo, echo_error
 from toolchain.errors import ToolchainError
@@ -24,12 +23,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 EXPORTED = Path("exported")
-
-
-def _complete_targets(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    from toolchain.recipes.starter import PLACES
-
-    return [CompletionItem(name, help=place) for name, place in PLACES.items() if name.startswith(incomplete)]
 
 
 @click.command()
@@ -46,7 +39,7 @@ def _complete_targets(_: click.Context, __: click.Parameter, incomplete: str) ->
 @click.option(
     "--target",
     metavar="TARGET",
-    shell_complete=_complete_targets,
+    shell_complete=complete_targets,
     help="Where the model will run: a target of `ship` (web, python, mobile, server, mlflow, other), or `compare` for "
     "a recipe without a bundle.",
 )
@@ -95,14 +88,18 @@ def init(
     from toolchain.system.files import write_whole
 
     given = {"--model": model, "--data": data, "--target": target, "--max-drop": max_drop}
-    _require_terminal([name for name, value in given.items() if value is None])
+    missing = [name for name, value in given.items() if value is None]
+    _require_terminal(missing)
     answers.check_output(output)
+    if missing:
+        echo("Enter takes the answer in brackets. Ctrl-C stops, and writes nothing.", err=True)
     folder = output.absolute().parent
     # The answers of the command line are checked before the first question.
     drop = None if max_drop is None else starter.parse_drop(max_drop)
     place = None if target is None else starter.find_target(target)
     facts = _answer(model, _ask_model, lambda text: answers.check_model(text, exported, folder_name, folder))
-    rows = _answer(data, _ask_data, _data_check(columns, facts.label_set, folder, may_ask=data is None))
+    check_data = _data_check(columns, facts.label_set, folder, may_ask=data is None)
+    rows = _answer(data, lambda: _ask_data(facts.label_set), check_data)
     place = _answer(place, _ask_target, lambda text: _check_target(text, facts.label_set))
     drop = drop if drop is not None else _answer(None, _ask_drop, starter.parse_drop)
     draft = starter.draft(answers.join(facts, rows, place, drop))
@@ -149,11 +146,14 @@ def _ask_model() -> str:
     return _prompt("Model", "reference")
 
 
-def _ask_data() -> str:
+def _ask_data(label_set: LabelSet) -> str:
+    from toolchain.data.datasets import EMBEDDED
+    from toolchain.data.inputs import fits_embedded_data
+
     echo(
         "\nWhich labelled texts? `sst2` (embedded), a CSV, TSV, JSON lines or Parquet file, or a hub dataset.", err=True
     )
-    return _prompt("Data", "sst2")
+    return _prompt("Data", EMBEDDED if fits_embedded_data(label_set) else None)
 
 
 def _ask_target() -> str:
@@ -205,9 +205,11 @@ def _print_next(draft: Draft, output: Path, model: str | None, exported: Path) -
     from toolchain.cli.progress import say
 
     recipe = draft.recipe
-    bundle = f", and a bundle of {recipe.ship.variants[0]} for {recipe.ship.target}" if recipe.ship else ""
-    say(f"{len(recipe.variants)} variants, a benchmark{bundle}; comments in the file say why")
+    end = "and a benchmark"
+    if recipe.ship:
+        end = f"a benchmark, and a bundle of {recipe.ship.variants[0]} for {recipe.ship.target}"
+    say(f"{len(recipe.variants)} variants, {end}; comments in the file say why")
     command = ["toolchain", "build", str(output)]
     command += ["--model", model] if model else []
     command += ["--exported", str(exported)] if exported != EXPORTED else []
-    say(f"next: {shlex.join([*command, '--dry-run'])} shows the plan, and {shlex.join(command)} carries it out")
+    say(f"next: `{shlex.join([*command, '--dry-run'])}` shows the plan, and `{shlex.join(command)}` builds it")

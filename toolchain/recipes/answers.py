@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from toolchain.artifacts.store import load
 from toolchain.data import datasets, folders, inputs
@@ -23,7 +25,10 @@ from toolchain.ship.shipping import check_task
 from toolchain.ship.targets import TARGETS
 from toolchain.system.decoding import check_line
 
-_LAYER_COUNTS = ("n_layers", "num_hidden_layers")  # keys of config.json for the number of encoder layers
+# Keys of config.json, whose names depend on the architecture
+_LAYER_COUNTS = ("n_layers", "num_hidden_layers")
+_WIDTHS = ("dim", "hidden_size")
+_FFN_WIDTHS = ("hidden_dim", "intermediate_size")
 _EXIT_ROWS = 1000  # training rows among which `check_data` looks for rows that exits can use
 
 
@@ -35,6 +40,7 @@ class ModelFacts:
         record: The model in the recipe.
         label_set: Labels and task.
         can_prune: Whether pruning supports the architecture.
+        can_exit: Whether the model classifies texts with layers so large that exits save work.
         layers: Number of encoder layers; 0 if config.json does not state it.
         option: Value of ``build --model``, which a model outside of the recipe's folder needs; None otherwise.
     """
@@ -42,6 +48,7 @@ class ModelFacts:
     record: ModelRecord
     label_set: LabelSet
     can_prune: bool
+    can_exit: bool
     layers: int
     option: str | None = None
 
@@ -97,12 +104,32 @@ def check_model(model: str, exported: Path, folder_name: str | None, folder: Pat
     place = imported if load(imported) else _checkpoint_folder(source)
     config = checkpoints.read_config(place)
     checkpoints.check_config(place, config)
-    layers = next((config[key] for key in _LAYER_COUNTS if isinstance(config.get(key), int)), 0)
+    label_set = checkpoints.label_set(place, config)
     record, option = _model_record(source, name, folder), None
     if source.kind == "folder" and place != imported and _ref_inside(folder, place) is None:
         option = model
     _check_names(record.ref, record.name or "")
-    return ModelFacts(record, checkpoints.label_set(place, config), config.get("model_type") in LAYOUTS, layers, option)
+    return ModelFacts(
+        record,
+        label_set,
+        config.get("model_type") in LAYOUTS,
+        label_set.labels_texts and _has_large_layers(config),
+        _number(config, _LAYER_COUNTS),
+        option,
+    )
+
+
+def _has_large_layers(config: Mapping[str, Any]) -> bool:
+    """Returns whether half of a layer costs more than an exit, or whether the size of a layer is unknown."""
+    from toolchain.exits.choice import EXIT_WEIGHTS
+
+    width, ffn_width = _number(config, _WIDTHS), _number(config, _FFN_WIDTHS)
+    return not (width and ffn_width) or 4 * width**2 + 2 * width * ffn_width > 2 * EXIT_WEIGHTS
+
+
+def _number(config: Mapping[str, Any], keys: Sequence[str]) -> int:
+    """Returns the number under the first of these keys; 0 if none of them holds a number."""
+    return next((config[key] for key in keys if isinstance(config.get(key), int)), 0)
 
 
 def _model_record(source: Source, name: str, folder: Path) -> ModelRecord:
@@ -149,7 +176,7 @@ def check_data(spec: str, columns: Columns, label_set: LabelSet, folder: Path) -
     """
     if spec == datasets.EMBEDDED and not Path(spec).exists():
         rows = len(inputs.load(None, label_set).labels)
-        return DataFacts(TrainingRecord(), rows, None, can_exit=label_set.labels_texts)
+        return DataFacts(TrainingRecord(), rows, None, can_exit=True)
     path = datasets.find_file(spec)
     record = TrainingRecord("hub", spec, None, columns.text, columns.pair, columns.label)
     if path is not None:
@@ -167,8 +194,7 @@ def check_data(spec: str, columns: Columns, label_set: LabelSet, folder: Path) -
     has_split = _has_validation_split(spec, path)
     split = None if has_split else HELD_OUT_SPLIT
     rows = len(inputs.load(spec, label_set, columns).labels) if has_split else len(held_out_rows)
-    can_exit = label_set.labels_texts and _suffices_for_exits(data, train_rows, held_out_rows)
-    return DataFacts(record, rows, split, can_exit)
+    return DataFacts(record, rows, split, _suffices_for_exits(data, train_rows, held_out_rows))
 
 
 def _has_validation_split(spec: str, path: Path | None) -> bool:
@@ -232,7 +258,7 @@ def join(model: ModelFacts, data: DataFacts, target: str, max_drop: float) -> An
         data.bench_rows,
         data.bench_split,
         model.can_prune,
-        data.can_exit,
+        model.can_exit and data.can_exit,
         model.layers,
     )
 

@@ -44,7 +44,8 @@ class Answers:
         bench_rows: Number of texts that the benchmark measures.
         bench_split: Split of the data for the benchmark; None for ``validation``.
         can_prune: Whether pruning supports the architecture.
-        can_exit: Whether the model can have exits: it classifies texts, and the data has enough training rows.
+        can_exit: Whether the recipe has exits: the model classifies texts, its layers are large enough, and the data
+            has enough training rows.
         layers: Number of encoder layers; 0 if config.json does not state it.
     """
 
@@ -264,7 +265,7 @@ def _int8_reason(answers: Answers) -> str:
     if answers.target in ("web", "mobile"):
         reason += ' For a smaller download, try settings = { embeddings = "int4" }.'
     if not answers.can_exit:
-        reason += " The recipe has no exits: they need a classifier of texts, and enough training rows."
+        reason += " The recipe has no exits: they need a classifier of texts, large layers and enough training rows."
     if not answers.can_prune and answers.max_drop > 0:
         reason += " The recipe has no pruned model, because pruning does not support this architecture."
     return reason
