@@ -414,26 +414,22 @@ def test_small_layers_get_no_exits(folder, say, monkeypatch):
 def test_the_recipe_builds_measures_and_ships(folder, say, short_bench):
     code, _, err = say("init", *OWN, "--target", "python", "--max-drop", "1")
     assert code == 0, err
-    (shipped,) = record.read(folder / "recipe.toml").ship.variants
+    path = folder / "recipe.toml"
+    (shipped,) = record.read(path).ship.variants
     assert "exits" in shipped
-    path = folder / "recipe.toml"  # a benchmark of two variants is faster than one of six
-    text = re.sub(
-        r"(\[bench\]\nvariants = )\[.*?\]", rf'\1["onnx-fp32", "{shipped}"]', path.read_text(), flags=re.DOTALL
-    )
+    # A benchmark of one variant is faster than one of six.
+    text = re.sub(r"(?<=\[bench\]\nvariants = )\[.*?\]", f'["{shipped}"]', path.read_text(), flags=re.DOTALL)
     path.write_text(text)
+    assert record.read(path).bench.variants == (shipped,)
     code, out, err = say("build", path.name)
     assert code == 0, err
-    recipe = record.read(path)
-    assert len(recipe.bench.variants) == 2
-    for name in recipe.names:
+    for name in record.read(path).names:
         assert f"{name}: built, id " in out
-    for name in recipe.bench.variants:
-        assert f"{name}@cpu" in out
+    assert f"{shipped}@cpu" in out
     assert "30 sentences" in out
     assert say("verify", folder / "exported" / "my-checkpoint" / "bundle-python")[0] == 0
-    for target in ("web", "mobile", "server", "mlflow"):
-        code, _, err = say("ship", shipped, "--target", target, "--no-demo", "--model", "my-checkpoint")
-        assert code == 0, err
+    code, _, err = say("ship", shipped, "--target", "mobile", "--model", "my-checkpoint")
+    assert code == 0, err
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from toolchain.cli.completion import complete_data, complete_files, complete_mod
 from toolchain.cli.options import DATA, columns_options, debug_option, folder_options
 from toolchain.cli.output import echo, echo_error
 from toolchain.errors import ToolchainError
+from toolchain.system.escaping import escape_line
 
 if TYPE_CHECKING:
     from toolchain.data.datasets import Columns
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 EXPORTED = Path("exported")
+MAX_COLUMNS = 50  # names of columns in a question
 
 
 @click.command()
@@ -195,7 +197,8 @@ def _data_check(columns: Columns, label_set: LabelSet, folder: Path, *, may_ask:
 
 
 def _ask_column(role: str, names: Sequence[str]) -> str:
-    echo(f"\nWhich column has the {role}s? {', '.join(names)}", err=True)
+    listed = [escape_line(name) for name in names[:MAX_COLUMNS]] + (["…"] if len(names) > MAX_COLUMNS else [])
+    echo(f"\nWhich column has the {role}s? {', '.join(listed)}", err=True)
     while (name := _prompt("Column")) not in names:
         echo(f"The data has no column {name!r}.", err=True)
     return name
