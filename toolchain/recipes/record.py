@@ -240,7 +240,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(content.decode())
     except FileNotFoundError as error:
         raise RecipeError(
-            f"There is no recipe {path}.", "Write one with `toolchain recipe VARIANT > recipe.toml`."
+            f"There is no recipe {path}.",
+            "Write one with `toolchain init` or `toolchain recipe VARIANT > recipe.toml`.",
         ) from error
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not TOML: {error}.", "Correct the file, or write it again.") from error
