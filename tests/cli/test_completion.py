@@ -124,6 +124,16 @@ def test_other_values_are_completed_by_the_shell(complete):
         assert complete(f"toolchain {option} ./b") == ["dir,./b"]
 
 
+def test_the_answers_of_init_are_completed(complete):
+    assert complete("toolchain init --target ") == plain(
+        "compare", "mlflow", "mobile", "other", "python", "server", "web"
+    )
+    assert complete("toolchain init --target m") == plain("mlflow", "mobile")
+    assert complete("toolchain init --data s") == plain("sst2")
+    for text in ("rev", ""):
+        assert complete(f"toolchain init --data {text}") == [f"file,{text}"]
+
+
 def test_error_codes_commands_and_options_are_completed(complete):
     assert complete("toolchain explain E-S") == plain("E-SETTINGS", "E-SHIPPING", "E-SYSTEM")
     assert complete("toolchain expl") == plain("explain")

@@ -53,6 +53,8 @@ providers = ["cpu"]
 quick = true
 threads = 2
 batch_size = 8
+kind = "file"
+split = "held-out"
 
 [ship]
 target = "python"

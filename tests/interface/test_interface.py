@@ -275,6 +275,35 @@ def test_finetune_returns_a_model_with_the_labels_and_the_data_of_its_training(t
     assert "unchanged" in err
 
 
+@pytest.mark.slow
+def test_calls_lead_from_a_checkpoint_to_a_bundle(tiny, tmp_path, short_bench):
+    pandas = pytest.importorskip("pandas")
+    rows = [f"a {('dull', 'fine')[i % 2]} film of {i} words,{i % 2}" for i in range(60)]
+    (tmp_path / "films.csv").write_text("\n".join(["text,label", *rows]))
+    data, results = tmp_path / "films.csv", tmp_path / "results"
+    model = tc.open(tiny.source.ref, exported=tiny.exported, train_data=data, results=results, progress=False)
+    int8 = model.quantize("onnx-fp32")
+    pruned = model.export(model.prune(0.5, recover=1))
+    names = ["torch-fp32", "onnx-int8", "onnx-pruned50-r1"]
+    result = model.bench(["torch-fp32", int8, pruned], provider="cpu", quick=True, data=data)
+    comparison = result.compare(baseline="torch-fp32")
+    text = str(comparison)
+    assert all(f"{name}@cpu" in text for name in names)
+    assert "Ratios are against torch-fp32@cpu" in text
+    frame = result.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert sorted(frame["variant"]) == sorted(names)
+    result.plot("accuracy", "latency").save(tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+    with tc.Classifier(int8) as classifier:
+        answers = classifier(["a charming film", "an utter waste of time"])
+    assert {answer.label for answer in answers} <= {"NEGATIVE", "POSITIVE"}
+    bundle = model.ship([int8], target="web", output=tmp_path / "web", demo=False)
+    assert tc.verify(bundle)
+    with tc.Classifier(bundle) as classifier:
+        assert [each.label for each in classifier([each.text for each in answers])] == [each.label for each in answers]
+
+
 def test_a_classifier_answers_texts_and_releases_its_model(model):
     with tc.Classifier(model.folder / "onnx-int8", threads=1) as classifier:
         assert classifier.labels == ("NEGATIVE", "POSITIVE")

@@ -22,10 +22,11 @@ from toolchain.data.inputs import TrainingSource
 from toolchain.errors import ArtifactError, RecipeError, TamperedError, VerdictError
 from toolchain.models.locations import LOCATION
 from toolchain.recipes import record, writing
-from toolchain.recipes.building import BuiltVariant, repeats_on_any_processor, require_same_ids
+from toolchain.recipes.building import BuiltVariant, bench_request, repeats_on_any_processor, require_same_ids
 from toolchain.recipes.json_schema import recipe_schema
 from toolchain.recipes.planning import Overrides, Plan, make_plan
 from toolchain.recipes.writing import recipe_of, to_toml
+from toolchain.results.folder import ResultsFolder
 from toolchain.system import hardware
 
 STATIC = '[[variants]]\nname = "onnx-int8-static"\n'
@@ -218,6 +219,35 @@ def test_the_data_of_a_benchmark_is_inside_the_folder(tmp_path, say):
         assert code == 1
         assert cause in err
         assert not (tmp_path / "other").exists()
+
+
+def test_a_benchmark_measures_a_split_and_a_hub_dataset(tmp_path, rows, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = '[bench]\nvariants = ["onnx-int8"]\n'
+    for keys, data, split in (
+        ('data = "rows.csv"\nsplit = "held-out"', str(rows), "held-out"),
+        ('kind = "hub"\ndata = "user/rows"', "user/rows", None),
+    ):
+        path = write(tmp_path, f"{INT8}{table}{keys}")
+        request = bench_request(plan(path, tmp_path / "other"), ResultsFolder(tmp_path / "results"))
+        assert (request.data, request.split) == (data, split)
+    (tmp_path / "user" / "rows").mkdir(parents=True)
+    for name in ("user/rows", "../rows.csv"):
+        path = write(tmp_path, f'{INT8}{table}kind = "hub"\ndata = "{name}"')
+        with pytest.raises(RecipeError, match=f"The benchmark's data '{re.escape(name)}' is not a hub dataset"):
+            bench_request(plan(path, tmp_path / "other"), ResultsFolder(tmp_path / "results"))
+
+
+def test_a_long_list_has_a_line_for_each_entry(recipe):
+    names = ("onnx-int8", *(f"onnx-int8+{'x' * number}" for number in range(40, 60)))
+    variants = tuple(record.VariantRecord(name) for name in names)
+    content = record.Recipe(1, variants, bench=record.BenchRecord(names))
+    recipe.write_text(to_toml(content, {"recipe": ["one", "", "two"], names[1]: ["a reason"]}))
+    assert record.read(recipe) == content
+    text = recipe.read_text()
+    assert text.startswith("# one\n#\n# two\nschema = 1\n")
+    assert f'\n\n# a reason\n[[variants]]\nname = "{names[1]}"\n' in text
+    assert max(map(len, text.splitlines())) < 100
 
 
 def test_a_bundle_is_checked_before_the_build(tmp_path, say):

@@ -41,6 +41,11 @@ def write(tmp_path):
         (f"varaints = 1\n{INT8}", "the recipe has the unknown key 'varaints'", "Did you mean variants?"),
         (f"{INT8}nmae = 1", "[[variants]] has the unknown key 'nmae'", "Did you mean name?"),
         (f"{INT8}[model]\nkid = 1", "[model] has the unknown key 'kid'", "Did you mean kind?"),
+        (
+            f'{INT8}[bench]\nvariants = ["onnx-int8"]\nkind = "hub"',
+            "the kind hub needs the name of a dataset",
+            "--schema",
+        ),
         (f"{INT8}[ship]\nxyz = 1", "[ship] has the unknown key 'xyz'", "The keys are target, variants"),
         (f"{PRUNED}sentnces = 9", "unknown key 'sentnces'", "Did you mean sentences?"),
         (f'{PRUNED}train = "sst2"', "have the key train", "in the table [training]"),

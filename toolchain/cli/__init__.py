@@ -23,6 +23,7 @@ from toolchain.cli.exits import exits
 from toolchain.cli.explain import explain
 from toolchain.cli.export import export
 from toolchain.cli.finetune import finetune
+from toolchain.cli.init import init
 from toolchain.cli.output import echo, echo_error, echo_usage_error
 from toolchain.cli.predict import predict
 from toolchain.cli.prune import prune
@@ -54,6 +55,7 @@ for command in (
     quantize,
     exits,
     tune,
+    init,
     recipe,
     build,
     bench,

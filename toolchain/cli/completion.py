@@ -52,6 +52,19 @@ def complete_folders(_: click.Context, __: click.Parameter, incomplete: str) -> 
     return [CompletionItem(incomplete, type="dir")]
 
 
+def complete_data(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Returns `sst2`, the embedded data, if the user began its name; otherwise, the shell completes files."""
+    embedded = _items(["sst2"], incomplete) if incomplete else []
+    return embedded or [CompletionItem(incomplete, type="file")]
+
+
+def complete_targets(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Returns the targets of `init` whose names begin with `incomplete`."""
+    from toolchain.recipes.starter import PLACES
+
+    return _items(PLACES, incomplete)
+
+
 def _items(names: Iterable[str], incomplete: str) -> list[CompletionItem[str]]:
     return [CompletionItem(name) for name in sorted(set(names)) if name.startswith(incomplete)]
 

@@ -193,6 +193,13 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _columns_options(command: Callable[..., Any], default_split: str) -> Callable[..., Any]:
     """Adds the options for columns and split, which a command receives as `columns` and `split`."""
+    split_text = "Dataset split, or `held-out` for the held-out rows of the data.  [default: validation]"
+    text = split_text if default_split == "validation" else f"Dataset split.  [default: {default_split}]"
+    return columns_options(click.option("--split", help=text)(command))
+
+
+def columns_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options for the columns of data, which a command receives together as `columns`."""
 
     @functools.wraps(command)
     def run_command(text_column: str | None, pair_column: str | None, label_column: str, **arguments: Any) -> Any:
@@ -204,12 +211,6 @@ def _columns_options(command: Callable[..., Any], default_split: str) -> Callabl
         click.option("--text-column", help="Column of texts in the data.  [default: sentence, text or tokens]"),
         click.option("--text-pair-column", "pair_column", help="Column of second texts, if each row is a pair."),
         click.option("--label-column", default="label", show_default=True, help="Column of labels in the data."),
-        click.option(
-            "--split",
-            help=f"Dataset split, or `held-out` for the held-out rows of the data.  [default: {default_split}]"
-            if default_split == "validation"
-            else f"Dataset split.  [default: {default_split}]",
-        ),
     ]
     for option in reversed(options):
         run_command = option(run_command)

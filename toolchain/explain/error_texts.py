@@ -228,16 +228,18 @@ TEXTS: dict[type[ToolchainError], ErrorText] = {
         ),
     ),
     errors.RecipeError: ErrorText(
-        "A recipe cannot be read, contradicts itself, or needs a checkpoint or training data that is not there.",
+        "A recipe cannot be read or written, contradicts itself, or needs a checkpoint or data that is not there.",
         (
             "The recipe has an unknown key, a value out of bounds, or a variant whose parent is missing.",
             "A newer release of the toolchain wrote the recipe.",
             "The checkpoint or the training data is at another place, or has another content.",
+            "`init` would replace a file, or its data is outside of the recipe's folder.",
         ),
         (
             "Correct the key that the message names; `toolchain build --schema` prints all keys.",
             "Use the release of the toolchain that the recipe names.",
             "Name the checkpoint with `--model` or the data with `--train-data`.",
+            "Name a new file beside the data with `init --output`.",
         ),
     ),
     errors.ClusterError: ErrorText(

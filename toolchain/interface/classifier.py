@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, overload
 from toolchain.artifacts.store import Artifact
 from toolchain.errors import DataError, SettingsError
 from toolchain.interface.arguments import check_number
+from toolchain.interface.bundle import Bundle
 from toolchain.interface.calls import calling
 from toolchain.interface.progress import print_event
 from toolchain.predict import Prediction, load_folder_model, load_model, predict_texts
@@ -29,7 +30,7 @@ class Classifier:
     runs in a child process with limits, after a check of the bundle.
 
     Args:
-        source: An artifact, or the folder of a variant or of a bundle.
+        source: An artifact, a bundle, or the folder of a variant or of a bundle.
         threads: Number of threads; None for the number of physical cores.
 
     Raises:
@@ -48,16 +49,16 @@ class Classifier:
     """
 
     @calling()
-    def __init__(self, source: Artifact | str | Path, *, threads: int | None = None) -> None:
+    def __init__(self, source: Artifact | Bundle | str | Path, *, threads: int | None = None) -> None:
         if threads is not None:
             check_number("threads", threads, 1, whole=True)
         if isinstance(source, str) and not Path(source).exists():
             raise SettingsError(
                 f"{source!r} is not a folder.", "Give an artifact, such as `model.build('onnx-int8')`, or a folder."
             )
-        if not isinstance(source, Artifact | str | Path):
+        if not isinstance(source, Artifact | Bundle | str | Path):
             raise SettingsError(f"{source!r} is not an artifact.", "Give an artifact, or the folder of a bundle.")
-        folder = source.path if isinstance(source, Artifact) else Path(source)
+        folder = source.path if isinstance(source, Artifact | Bundle) else Path(source)
         model = load_folder_model(folder, print_event)
         self._folder = folder
         self._label_set = model.label_set

@@ -12,11 +12,12 @@ import toolchain
 from toolchain.artifacts.steps import Compile, Export, Import, Optimize, Quantize, Step, step_name
 from toolchain.bench import run
 from toolchain.build.pipeline import ensure
-from toolchain.data.datasets import Columns
+from toolchain.data.datasets import Columns, hub_dataset
 from toolchain.errors import RecipeError, VerdictError
 from toolchain.progress import Bar, Say
 from toolchain.recipes import record
 from toolchain.recipes.planning import Plan
+from toolchain.recipes.record import BenchRecord
 from toolchain.results.folder import ResultsFolder
 from toolchain.results.result_file import ResultFile
 from toolchain.results.saving import Saver
@@ -149,14 +150,24 @@ def bench_request(plan: Plan, results: ResultsFolder) -> run.Request | None:
     bench = plan.recipe.bench
     if bench is None:
         return None
-    data = record.path_inside(plan.folder, bench.data, "the data", "`toolchain bench --data`") if bench.data else None
-    if data and not data.exists():
-        raise RecipeError(f"The data {bench.data} of the benchmark is not beside the recipe.", "Copy the file there.")
+    data = _bench_data(plan, bench) if bench.data else None
     run.planned_pairs(bench.variants, bench.providers)
     protocol = run.make_protocol(bench.quick, bench.threads, batch_size=bench.batch_size)
     columns = Columns(bench.text_column, bench.label_column, bench.text_pair_column)
-    path = str(data.resolve()) if data else None
-    return run.Request(bench.variants, bench.providers, protocol, path, columns, results=results)
+    return run.Request(bench.variants, bench.providers, protocol, data, columns, bench.split, results=results)
+
+
+def _bench_data(plan: Plan, bench: BenchRecord) -> str:
+    """Returns the value of ``--data`` for the recipe's benchmark."""
+    ref = bench.data or ""
+    if bench.kind == "hub":
+        if hub_dataset(ref) is None or Path(ref).exists():
+            raise RecipeError(f"The benchmark's data {ref!r} is not a hub dataset.", "Correct the key data in [bench].")
+        return ref
+    path = record.path_inside(plan.folder, ref, "the data", "`toolchain bench --data`")
+    if not path.exists():
+        raise RecipeError(f"The data {ref} of the benchmark is not beside the recipe.", "Copy the file there.")
+    return str(path.resolve())
 
 
 def ship(plan: Plan, results: ResultsFolder, say: Say, bar: Bar) -> tuple[dict[str, Any], Path] | None:

@@ -104,10 +104,13 @@ class BenchRecord:
         quick: Whether to measure each cell for a shorter time, as ``bench --quick`` does.
         threads: Number of CPU threads; None for the physical cores.
         batch_size: Largest number of sentences in a batch.
-        data: File of labelled sentences, relative to the recipe's folder; None for the embedded SST-2.
+        data: File or folder of labelled sentences, relative to the recipe's folder; or a hub dataset. None for the
+            embedded SST-2.
+        kind: Kind of `data`: ``file``, or ``hub`` for a hub dataset.
         text_column: Column of the texts; None for ``sentence`` or ``text``.
         text_pair_column: Column of second texts; None without one.
         label_column: Column of the labels.
+        split: Split of the data, or ``held-out`` for its held-out rows; None for ``validation``.
     """
 
     variants: tuple[Line, ...]
@@ -116,9 +119,11 @@ class BenchRecord:
     threads: int | None = None
     batch_size: int = 32
     data: Line | None = None
+    kind: Literal["file", "hub"] = "file"
     text_column: Line | None = None
     text_pair_column: Line | None = None
     label_column: Line = "label"
+    split: Line | None = None
 
     def __post_init__(self) -> None:
         if not self.variants:
@@ -127,6 +132,8 @@ class BenchRecord:
             raise ValueError(f"threads is {self.threads}, which is not from 1 to {MAX_THREADS}")
         if not 1 <= self.batch_size <= MAX_BATCH:
             raise ValueError(f"batch_size is {self.batch_size}, which is not from 1 to {MAX_BATCH}")
+        if self.kind == "hub" and self.data is None:
+            raise ValueError("the kind hub needs the name of a dataset in data")
 
 
 @strict
@@ -233,7 +240,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(content.decode())
     except FileNotFoundError as error:
         raise RecipeError(
-            f"There is no recipe {path}.", "Write one with `toolchain recipe VARIANT > recipe.toml`."
+            f"There is no recipe {path}.",
+            "Write one with `toolchain init` or `toolchain recipe VARIANT > recipe.toml`.",
         ) from error
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not TOML: {error}.", "Correct the file, or write it again.") from error

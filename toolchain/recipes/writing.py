@@ -16,8 +16,17 @@ from toolchain.data import inputs
 from toolchain.data.datasets import hub_dataset
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import ArtifactError, RecipeError
-from toolchain.recipes.record import SCHEMA, ModelRecord, Recipe, TrainingRecord, VariantRecord
+from toolchain.recipes.record import (
+    SCHEMA,
+    BenchRecord,
+    ModelRecord,
+    Recipe,
+    ShipRecord,
+    TrainingRecord,
+    VariantRecord,
+)
 
+MAX_LINE = 100  # characters; a longer list has a line for each entry
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -113,23 +122,35 @@ def _training_record(steps: Mapping[str, Step]) -> TrainingRecord:
     return TrainingRecord(kind, name, digest, text_column=columns[1] or None, label_column=columns[2])
 
 
-def to_toml(recipe: Recipe) -> str:
-    """Returns the text of a recipe; `read` reads it."""
-    lines = [f"# How to build {recipe.variants[-1].name}: `toolchain build` reads this file."]
-    tables: list[tuple[str, Mapping[str, Any]]] = []
+def to_toml(recipe: Recipe, comments: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Returns the text of a recipe; `read` reads it.
+
+    Args:
+        recipe: The recipe.
+        comments: Lines of comments, by the name of the table or variant that they stand before. The lines under
+            ``recipe`` begin the file. Without `comments`, a line at the beginning says what the recipe builds.
+    """
+    comments = comments or {"recipe": [f"How to build {recipe.variants[-1].name}: `toolchain build` reads this file."]}
+    lines = _comment_lines(comments, "recipe")
+    tables: list[tuple[str, str, Mapping[str, Any]]] = []
     for key, value in _without_defaults(recipe).items():
         if isinstance(value, dict):
-            tables.append((f"[{key}]", value))
+            tables.append((key, f"[{key}]", value))
         elif key == "variants":
-            tables += [("[[variants]]", table) for table in value]
+            tables += [(table["name"], "[[variants]]", table) for table in value]
         else:
             lines.append(_entry(key, value))
-    for title, table in tables:
+    for name, title, table in tables:
         inner_tables = [(key, value) for key, value in table.items() if isinstance(value, dict)]
-        lines += ["", title, *(_entry(key, value) for key, value in table.items() if not isinstance(value, dict))]
+        lines += ["", *_comment_lines(comments, name), title]
+        lines += [_entry(key, value) for key, value in table.items() if not isinstance(value, dict)]
         for key, value in inner_tables:
             lines += [f"[{title.strip('[]')}.{key}]", *(_entry(*item) for item in value.items())]
     return "\n".join(lines) + "\n"
+
+
+def _comment_lines(comments: Mapping[str, Sequence[str]], name: str) -> list[str]:
+    return [f"# {line}".rstrip() for line in comments.get(name, ())]
 
 
 def _without_defaults(recipe: Recipe) -> dict[str, Any]:
@@ -137,6 +158,10 @@ def _without_defaults(recipe: Recipe) -> dict[str, Any]:
     content = dataclasses.asdict(recipe)
     if recipe.training == TrainingRecord():
         del content["training"]
+    for key, entries in (("bench", dataclasses.fields(BenchRecord)), ("ship", dataclasses.fields(ShipRecord))):
+        if content[key]:
+            defaults = {entry.name: entry.default for entry in entries}
+            content[key] = {name: value for name, value in content[key].items() if value != defaults[name]}
     order = ("schema", "toolchain", "releases", "model", "training", "variants", "bench", "ship")
     return {key: _present(content[key]) for key in order if content.get(key)}
 
@@ -149,7 +174,11 @@ def _present(value: Any) -> Any:
 
 
 def _entry(key: str, value: Any) -> str:
-    return f"{key if _BARE_KEY.fullmatch(key) else _value(key)} = {_value(value)}"
+    name = key if _BARE_KEY.fullmatch(key) else _value(key)
+    line = f"{name} = {_value(value)}"
+    if len(line) > MAX_LINE and isinstance(value, list | tuple):
+        return "\n".join([f"{name} = [", *(f"  {_value(entry)}," for entry in value), "]"])
+    return line
 
 
 def _value(value: bool | float | str | Sequence[Any]) -> str:

@@ -130,18 +130,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
 def _ship(workspace: Workspace, order: Order, artifacts: Sequence[Artifact], output: Path, say: Say) -> dict[str, Any]:
     """Checks the artifacts, and writes and publishes the bundle; see `ship`."""
     target = TARGETS[order.target]
-    if artifacts[0].label_set.task == TOKENS and (order.with_tokenizer or target.tokenizer_path):
-        raise ShippingError(
-            "A bundle of a token classifier cannot have the tokenizer in a graph, because the graph does not return "
-            "the positions of the tokens in the text.",
-            "Ship for python, web, mobile or other, without --with-tokenizer.",
-        )
-    if artifacts[0].label_set.task == TOKENS and target is TARGETS["mlflow"]:
-        raise ShippingError(
-            "A bundle for mlflow cannot have a token classifier, because the columns of an MLflow model hold one value "
-            "for each text, not a list of entities.",
-            "Ship for python, web, mobile or other.",
-        )
+    check_task(artifacts[0].label_set.task, target, order.with_tokenizer)
     for artifact in artifacts:
         _check_artifact(artifact, target)
         if artifact.manifest.tokenizer != artifacts[0].manifest.tokenizer:
@@ -295,6 +284,24 @@ def check_names(names: Sequence[str], target: Target) -> None:
             )
     if len(set(names)) < len(names):
         raise ShippingError("A variant is named twice.", "Name each variant once.")
+
+
+def check_task(task: str, target: Target, with_tokenizer: bool = False) -> None:
+    """Raises `ShippingError` if a bundle for the target cannot have a model of this task."""
+    if task != TOKENS:
+        return
+    if with_tokenizer or target.tokenizer_path:
+        raise ShippingError(
+            "A bundle of a token classifier cannot have the tokenizer in a graph, because the graph does not return "
+            "the positions of the tokens in the text.",
+            "Ship for python, web, mobile or other, without --with-tokenizer.",
+        )
+    if target is TARGETS["mlflow"]:
+        raise ShippingError(
+            "A bundle for mlflow cannot have a token classifier, because the columns of an MLflow model hold one value "
+            "for each text, not a list of entities.",
+            "Ship for python, web, mobile or other.",
+        )
 
 
 def _check_artifact(artifact: Artifact, target: Target) -> None:
