@@ -104,8 +104,10 @@ class Encoder:
             self._cut_text(text) if isinstance(text, str) else (self._cut_text(text[0]), self._cut_text(text[1]))
             for text in texts
         )
+        # Only token classification needs the places of the tokens in the text, and `encode_batch_fast` leaves them out.
+        encode_batch = self.tokenizer.encode_batch if self.task == TOKENS else self.tokenizer.encode_batch_fast
         for group in group_texts(cut_texts, len(texts), BATCH_CHARACTERS):
-            yield from self.tokenizer.encode_batch(group)
+            yield from encode_batch(group)
 
     def _cut_text(self, text: str) -> str:
         """Returns the text, or a shorter prefix of the text that gives the same first `max_length` tokens.

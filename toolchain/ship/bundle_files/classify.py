@@ -159,7 +159,7 @@ class Classifier:
         Without a batch size in bundle.json, all texts run in one batch, so pass only a few texts per call. If a text
         can have several labels, each probability is independent of the others.
         """
-        rows = self._tokenizer.encode_batch(list(texts))
+        rows = self._tokenizer.encode_batch_fast(list(texts))
         scores: dict[int, dict[str, float]] = {}
         for batch in split([len(row.ids) for row in rows], self._batch_size):
             values = self._scores(self._run([rows[index] for index in batch]))
