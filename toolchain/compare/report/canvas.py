@@ -98,6 +98,12 @@ def axis_of(axis: Any, values: Sequence[float], ticks: Sequence[float] | None = 
         axis.set_major_locator(FixedLocator(list(ticks)))
 
 
+def label_x(grid: Any, text: str) -> None:
+    """Writes the label of the x axis below each panel, because a reader of the page can hide the other panels."""
+    for axes in grid[:, 0]:
+        axes.set_xlabel(text)
+
+
 def legend(figure: Figure, rows: Sequence[Row], others: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Draws a legend above the panels.
 

@@ -11,6 +11,7 @@ from toolchain.compare.report.canvas import (
     PAPER,
     axis_of,
     canvas,
+    label_x,
     legend,
     place_labels,
     place_labels_at_end,
@@ -53,7 +54,7 @@ def accuracy_latency(panels: Sequence[Panel]) -> Drawing | None:
             _draw_point(axes, row, marks)
         axes.set_ylabel(f"{score_names(panel.rows)}, %")
         axis_of(axes.xaxis, [latency_ms(row) for part in shown for row in part.rows])
-    grid[-1][0].set_xlabel(latency_label([row for panel in shown for row in panel.rows]))
+    label_x(grid, latency_label([row for panel in shown for row in panel.rows]))
     legend(figure, [row for panel in shown for row in panel.rows], {"Pareto front": DASHED, "baseline": RING})
     for (axes,), panel in zip(grid, shown, strict=True):
         points = [(latency_ms(row), accuracy_percent(row), panel.label(row)) for row in panel.rows]
@@ -206,7 +207,7 @@ def latency(panels: Sequence[Panel]) -> Drawing | None:
             f"{panel.title}: median {_range_text(panel, [(row, latency_ms(row)) for row in panel.rows], ' ms')}"
         )
     axis_of(grid[-1][0].xaxis, ends)
-    grid[-1][0].set_xlabel("latency at batch 1, ms")
+    label_x(grid, "latency at batch 1, ms")
     legend(figure, [row for panel in shown for row in panel.rows])
     return Drawing(figure, descriptions, marks)
 
@@ -246,7 +247,7 @@ def latency_by_length(panels: Sequence[Panel]) -> Drawing | None:
         labels.append((axes, panel.rows, [(x, y, panel.label(row)) for row, x, y in ends]))
         longest = [(row, y) for row, x, y in ends if x == tokens[-1]]
         descriptions.append(f"{panel.title}: at {tokens[-1]} tokens, median {_range_text(panel, longest, ' ms')}")
-    grid[-1][0].set_xlabel("tokens")
+    label_x(grid, "tokens")
     legend(figure, [row for panel in shown for row in panel.rows])
     for axes, rows, points in labels:
         marks.add_labels(rows, place_labels_at_end(axes, points))
@@ -284,7 +285,7 @@ def pruning_speedup(panels: Sequence[Panel]) -> Drawing | None:
         labels.append((axes, panel.rows, points))
         texts = (f"{name} predicted {x:.2f}×, measured {y:.2f}×" for x, y, name in points)
         descriptions.append(f"{panel.title}: {'; '.join(texts)}")
-    grid[-1][0].set_xlabel("predicted, times faster")
+    label_x(grid, "predicted, times faster")
     legend(figure, [row for panel in shown for row in panel.rows], {"as predicted": DASHED})
     for axes, panel_rows, points in labels:
         marks.add_labels(panel_rows, place_labels(axes, points))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from toolchain.artifacts.names import VariantName
-from toolchain.compare.report.canvas import INK, PAPER, axis_of, canvas, legend, place_labels, runtime_style
+from toolchain.compare.report.canvas import INK, PAPER, axis_of, canvas, label_x, legend, place_labels, runtime_style
 from toolchain.compare.report.columns import score_names
 from toolchain.compare.report.drawing import (
     DASHED,
@@ -71,7 +71,7 @@ def exits_work(panels: Sequence[Panel]) -> Drawing | None:
         axes.set_ylabel("accuracy change on held-out rows, points")
         labels.append((axes, points, marks, panel.rows))
         descriptions.append(f"{panel.title}: {'; '.join(texts)}")
-    grid[-1][0].set_xlabel("expected work on held-out rows, % of the work without exits")
+    label_x(grid, "expected work on held-out rows, % of the work without exits")
     legend(figure, [row for panel in shown for row in panel.rows], {WITHOUT: DASHED, CHOSEN: RING})
     for *label, rows in labels:
         drawn.add_labels(rows, place_labels(*label))
@@ -132,7 +132,7 @@ def exits_latency(panels: Sequence[Panel]) -> Drawing | None:
         labels.append((axes, panel.rows, points))
         texts = ", ".join(f"{name} {y:.2f} % at {x:.2f} ms" for x, y, name in points)
         descriptions.append(f"{panel.title}: {texts}")
-    grid[-1][0].set_xlabel("mean latency at batch 1, ms")
+    label_x(grid, "mean latency at batch 1, ms")
     legend(figure, [], {"with exits": _FILLED, WITHOUT: _HOLLOW})
     for axes, rows, points in labels:
         marks.add_labels(rows, place_labels(axes, points))

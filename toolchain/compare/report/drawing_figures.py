@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from toolchain.compare.report.canvas import INK, axis_of, canvas, legend, place_labels, runtime_style
+from toolchain.compare.report.canvas import INK, axis_of, canvas, label_x, legend, place_labels, runtime_style
 from toolchain.compare.report.columns import to_megabytes
 from toolchain.compare.report.drawing import RING, point_panel_height, select_rows
 from toolchain.compare.report.panels import Panel
@@ -51,7 +51,7 @@ def figure_against(panels: Sequence[Panel], y: str, x: str) -> Drawing | None:
         axis_of(grid[0][0].xaxis, [x_value for x_value, _, _ in all_points])
     if y != "accuracy":
         axis_of(grid[0][0].yaxis, [y_value for _, y_value, _ in all_points])
-    grid[-1][0].set_xlabel(x_label)
+    label_x(grid, x_label)
     legend(figure, [row for panel in shown for row in panel.rows], {"baseline": RING})
     for (axes,), panel_points in zip(grid, points, strict=True):
         place_labels(axes, panel_points)

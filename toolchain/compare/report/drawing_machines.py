@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from toolchain.compare.report.canvas import INK, PAPER, axis_of, canvas, place_labels
+from toolchain.compare.report.canvas import INK, PAPER, axis_of, canvas, label_x, place_labels
 from toolchain.compare.report.columns import score_names
 from toolchain.compare.report.drawing import (
     DASHED,
@@ -80,7 +80,7 @@ def accuracy_latency_of_machines(panels: Sequence[Panel]) -> Drawing | None:
         axes.set_ylabel(f"{score_names(group.rows)}, %")
         axis_of(axes.xaxis, [latency_ms(row) for part in groups for row in part.rows])
         labels.append((axes, labelled, [(latency_ms(row), accuracy_percent(row)) for row in group.rows]))
-    grid[-1][0].set_xlabel(latency_label([row for group in groups for row in group.rows]))
+    label_x(grid, latency_label([row for group in groups for row in group.rows]))
     _legend(figure, styles, {"Pareto front of a machine": DASHED, "baseline": RING})
     for axes, rows, places in labels:
         points = [(latency_ms(row), accuracy_percent(row), printable(row.measurement.variant)) for row in rows]
@@ -111,7 +111,7 @@ def latency_of_machines(panels: Sequence[Panel]) -> Drawing | None:
                 _draw_latency(axes, row, lines.index(row.measurement.variant) + shift, styles[name], marks)
         axis_of(axes.xaxis, [latency_ms(row) for part in groups for row in part.rows])
         axes.tick_params(axis="y", length=0)
-    grid[-1][0].set_xlabel(latency_label([row for group in groups for row in group.rows]))
+    label_x(grid, latency_label([row for group in groups for row in group.rows]))
     _legend(figure, styles, {})
     return Drawing(figure, [_fastest_text(group) for group in groups], marks)
 

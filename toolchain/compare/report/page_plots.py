@@ -94,7 +94,9 @@ def _apply_marks(root: ElementTree.Element, marks: Mapping[str, Mark], number_of
         for child in list(parent):
             mark = marks.get(child.attrib.get("id", ""))
             if mark and mark.ring:
-                parent.remove(child)
+                # The legend uses the shape that the first ring defines.
+                for shape in child.findall("g"):
+                    child.remove(shape)
             elif mark:
                 del child.attrib["id"]
                 child.set("data-rows", " ".join(str(number_of(row)) for row in mark.rows))

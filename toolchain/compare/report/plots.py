@@ -67,13 +67,6 @@ class Plot:
 
 # Name of a plot → heading, caption, and the function that draws the plot or returns None if there is no data.
 PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] = {
-    "accuracy-latency": (
-        "Accuracy against latency",
-        "Up and to the left is better. Vertical bars are 95 % intervals of the score over sentences. Horizontal "
-        "bars are 95 % intervals of the median over rounds. No row is both faster and more accurate than a row on the "
-        "dashed line. A ring marks the baseline.",
-        drawing.accuracy_latency,
-    ),
     "accuracy-latency-machines": (
         "Accuracy against latency on several machines",
         "Up and to the left is better. Colour and shape show the machine. Bars are 95 % intervals. Each machine has "
@@ -86,6 +79,13 @@ PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] =
         "To the left is better. Only variants that several machines measured are shown. Colour and shape show the "
         "machine. Bars are 95 % intervals of the median over rounds.",
         drawing_machines.latency_of_machines,
+    ),
+    "accuracy-latency": (
+        "Accuracy against latency",
+        "Up and to the left is better. Vertical bars are 95 % intervals of the score over sentences. Horizontal "
+        "bars are 95 % intervals of the median over rounds. No row is both faster and more accurate than a row on the "
+        "dashed line. A ring marks the baseline.",
+        drawing.accuracy_latency,
     ),
     "size-memory": (
         "Size and memory",
