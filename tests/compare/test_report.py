@@ -31,28 +31,36 @@ def page():
 
 
 class Page(HTMLParser):
-    """Collects the text and the tags of a page; fails if a closing tag differs from the last open tag."""
+    """Collects the tags of a page and the texts that a browser without JavaScript shows.
+
+    The list `titles` has the texts of the points of plots, which such a browser shows below the mouse. Fails if a
+    closing tag differs from the last open tag.
+    """
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.texts, self.open = [], [], []
+        self.tags, self.texts, self.titles, self.open, self.hidden = [], [], [], [], 0
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "input"):
             self.open.append(tag)
+            self.hidden += bool(self.hidden or "hidden" in dict(attrs))
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        self.hidden = max(0, self.hidden - 1)
 
     def handle_data(self, data):
-        if not self.open or self.open[-1] not in ("style", "script"):
+        if self.open[-1:] == ["title"] and "svg" in self.open:
+            self.titles.append(data)
+        elif not self.hidden and self.open[-1:] not in (["style"], ["script"]):
             self.texts.append(data)
 
     @property

@@ -146,7 +146,7 @@ def size_memory(panels: Sequence[Panel]) -> Drawing | None:
     figure, grid = canvas([_row_panel_height(panel) for panel in shown], len(kinds), sharex="col", sharey="row")
     descriptions, marks = [], Marks()
     for line, panel in zip(grid, shown, strict=True):
-        label_rows(line[0], panel, marks)
+        marks.add_labels(panel.rows, label_rows(line[0], panel))
         texts = []
         for axes, (name, figure_of) in zip(line, kinds.items(), strict=True):
             bars = [
@@ -189,7 +189,7 @@ def latency(panels: Sequence[Panel]) -> Drawing | None:
     figure, grid = canvas([_row_panel_height(panel) for panel in shown], sharex=True)
     descriptions, ends, marks = [], [], Marks()
     for (axes,), panel in zip(grid, shown, strict=True):
-        label_rows(axes, panel, marks)
+        marks.add_labels(panel.rows, label_rows(axes, panel))
         for position, row in enumerate(panel.rows):
             times = row.measurement.latency.values() if row.measurement.latency else []
             low, left, middle, right, high, last = np.percentile(times, [5, 25, 50, 75, 95, 99]) / 1000
@@ -313,12 +313,16 @@ def _row_panel_height(panel: Panel) -> float:
     return 0.21 * len(panel.rows) + 0.7
 
 
-def label_rows(axes: Any, panel: Panel, marks: Marks) -> None:
-    """Draws the title of the panel and labels the y axis with the panel's rows, the first row at the top."""
+def label_rows(axes: Any, panel: Panel) -> list[Any]:
+    """Draws the title of the panel, and labels the y axis with its rows, the first row at the top.
+
+    Returns:
+        The label of each row.
+    """
     axes.set_title(panel.title)
     axes.set_yticks(range(len(panel.rows)), [panel.label(row) for row in panel.rows])
     axes.set_ylim(len(panel.rows) - 0.4, -0.6)
-    marks.add_labels(panel.rows, axes.get_yticklabels())
+    return list(axes.get_yticklabels())
 
 
 def _range_text(panel: Panel, values: Sequence[tuple[Row, float]], unit: str = "") -> str:

@@ -104,7 +104,7 @@ def latency_of_machines(panels: Sequence[Panel]) -> Drawing | None:
     figure, grid = canvas([0.26 * len(names) + 0.7 for names in variants], sharex=True)
     for (axes,), group, lines in zip(grid, groups, variants, strict=True):
         first_rows = {row.measurement.variant: row for row in reversed(group.rows)}
-        label_rows(axes, Panel(group.title, tuple(first_rows[variant] for variant in lines)), Marks())
+        label_rows(axes, Panel(group.title, tuple(first_rows[variant] for variant in lines)))
         for place, (name, rows) in enumerate(group.machines.items()):
             shift = 0.5 * ((place + 0.5) / len(group.machines) - 0.5)
             for row in rows:
