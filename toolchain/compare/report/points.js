@@ -68,13 +68,13 @@
       setStop(next);
       next.focus();
     });
-    const point_at = (event) => {
+    const showNearest = (event) => {
       const point = nearest(points, event.clientX, event.clientY);
       if (point) show(point);
       else hide();
     };
-    plot.addEventListener("pointermove", point_at);
-    plot.addEventListener("pointerdown", point_at);
+    plot.addEventListener("pointermove", showNearest);
+    plot.addEventListener("pointerdown", showNearest);
     plot.addEventListener("scroll", () => active && show(active));
     plot.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && event.relatedTarget !== tip && hide());
   }
