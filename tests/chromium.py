@@ -127,13 +127,22 @@ class Chromium:
 
     def open(self, page: Path | str) -> None:
         """Loads the file or address, and waits until the page is complete."""
+        self._load(page)
+        # After two drawn frames, the scripts that the page runs after loading have ended.
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 200))))")
+
+    def open_without_scripts(self, page: Path) -> None:
+        """Loads the file as a browser without JavaScript, until the next page; expressions in `run` still work."""
+        self.ask("Emulation.setScriptExecutionDisabled", value=True)
+        self._load(page)
+        self.ask("Emulation.setScriptExecutionDisabled", value=False)
+
+    def _load(self, page: Path | str) -> None:
         self.events.clear()
         self.ask("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         deadline = time.monotonic() + TIMEOUT_S
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next(deadline))
-        # After two drawn frames, the scripts that the page runs after loading have ended.
-        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 200))))")
 
     def run(self, code: str):
         """Evaluates an expression in the page, awaits it and returns its value."""
@@ -147,6 +156,15 @@ class Chromium:
             text = {"text": "\r"} if kind == "char" else {}
             self.ask("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
 
+    def move_mouse(self, x: float, y: float) -> None:
+        """Moves the mouse to a place of the window."""
+        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y, pointerType="mouse")
+
+    def tap(self, x: float, y: float) -> None:
+        """Touches a place of the window with a finger, and lifts the finger."""
+        self.ask("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.ask("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
     def show_as(self, media: str = "screen", scheme: str = "light", width: int = 1280, height: int = 900) -> None:
         """Sets the medium (screen or print), the colour scheme (light or dark) and the size of the window."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -157,6 +175,11 @@ class Chromium:
         """Writes a PNG of the whole page."""
         data = self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(data))
+
+    def print(self) -> bytes:
+        """Returns the page as a PDF, in the sizes of paper that the page sets."""
+        self.ask("Emulation.setEmulatedMedia", media="")
+        return base64.b64decode(self.ask("Page.printToPDF", preferCSSPageSize=True)["data"])
 
     def complaints(self, page: Path | str) -> list[str]:
         """Returns all errors, warnings and exceptions, and all requests that the page must not make.

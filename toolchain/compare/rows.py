@@ -373,6 +373,11 @@ def compare(
     return mark_front(rows)
 
 
+def with_baseline(rows: Sequence[Row], baseline: str) -> list[Row]:
+    """Returns copies of the rows with another baseline, as `compare` chooses it for this name of a variant or cell."""
+    return [replace(row, baseline=_baseline(row.measurement, row.run, baseline)) for row in rows]
+
+
 def mark_front(rows: Sequence[Row]) -> list[Row]:
     """Returns copies of the rows, with `pareto` set for the Pareto front of these rows."""
     return [replace(row, pareto=_is_on_front(row, rows)) for row in rows]

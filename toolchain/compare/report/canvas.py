@@ -64,14 +64,16 @@ def canvas(heights: Sequence[float], columns: int = 1, **shared: Any) -> tuple[F
         columns: Number of axes in each panel, side by side.
         shared: Further arguments of `Figure.subplots`, such as `sharex`.
     """
+    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(heights), columns, squeeze=False, height_ratios=list(heights), **shared)
-    for axes in grid.flat:
+    for (row, column), axes in np.ndenumerate(grid):
         axes.tick_params(labelbottom=True)
+        axes.set_gid(f"panel-{row}-{column}")
     return figure, grid
 
 
@@ -96,6 +98,12 @@ def axis_of(axis: Any, values: Sequence[float], ticks: Sequence[float] | None = 
         axis.set_major_locator(FixedLocator(list(ticks)))
 
 
+def label_x(grid: Any, text: str) -> None:
+    """Writes the label of the x axis below each panel, because a reader of the page can hide the other panels."""
+    for axes in grid[:, 0]:
+        axes.set_xlabel(text)
+
+
 def legend(figure: Figure, rows: Sequence[Row], others: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Draws a legend above the panels.
 
@@ -117,13 +125,16 @@ def legend(figure: Figure, rows: Sequence[Row], others: Mapping[str, Mapping[str
 
 def place_labels(
     axes: Any, points: Sequence[tuple[float, float, str]], marks: Sequence[tuple[float, float]] = ()
-) -> None:
+) -> list[Any]:
     """Writes a label near each point, away from other labels, points and marks if there is space.
 
     Args:
         axes: The axes.
         points: For each point, x and y in the units of the axes, and the text of its label.
         marks: x and y of other things that a label should not cover, such as places on a line.
+
+    Returns:
+        The label of each point, in the order of `points`.
     """
     axes.figure.draw_without_rendering()
     frame = axes.get_window_extent()
@@ -131,6 +142,7 @@ def place_labels(
     positions = [axes.transData.transform(point[:2]) for point in points]
     others = [axes.transData.transform(mark) for mark in marks]
     occupied: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in [*positions, *others]]
+    labels: dict[int, Any] = {}
     for index in sorted(range(len(points)), key=lambda i: (positions[i][0], positions[i][1])):
         probe = _write_label(axes, points[index])
         size = probe.get_window_extent()
@@ -145,7 +157,8 @@ def place_labels(
         # right side (1). If a line connects the point with its label, the line ends at this part of the label.
         side = 0.0 if box[0] >= positions[index][0] else 1.0 if box[2] <= positions[index][0] else 0.5
         offset = (box[0] + side * size.width - positions[index][0], (box[1] + box[3]) / 2 - positions[index][1])
-        _write_label(axes, points[index], offset, side, radius > NEAR)
+        labels[index] = _write_label(axes, points[index], offset, side, radius > NEAR)
+    return [labels[index] for index in range(len(points))]
 
 
 NEAR = 9.0
@@ -203,12 +216,15 @@ def _overlap_penalty(box: Box, occupied: Sequence[Box], limits: Box) -> float:
     return 1000.0 * overlaps + (0 if inside else 5000.0)
 
 
-def place_labels_at_end(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+def place_labels_at_end(axes: Any, points: Sequence[tuple[float, float, str]]) -> list[Any]:
     """Writes the labels in a column to the right of all points, moved apart vertically so that they do not overlap.
 
     Args:
         axes: The axes.
         points: For each point, x and y in the units of the axes, and the text of its label.
+
+    Returns:
+        The label of each point, in the order of `points`.
     """
     axes.figure.draw_without_rendering()
     positions = [axes.transData.transform(point[:2]) for point in points]
@@ -222,6 +238,8 @@ def place_labels_at_end(axes: Any, points: Sequence[tuple[float, float, str]]) -
                 heights[below + 1] += overlap / 2
     overflow = max(0.0, heights[-1] - axes.get_window_extent().y1)
     edge = max(x for x, _ in positions)
+    labels: dict[int, Any] = {}
     for index, height in zip(order, heights, strict=True):
         x, y = positions[index]
-        _write_label(axes, points[index], (edge - x + 20, height - overflow - y), with_line=True)
+        labels[index] = _write_label(axes, points[index], (edge - x + 20, height - overflow - y), with_line=True)
+    return [labels[index] for index in range(len(points))]

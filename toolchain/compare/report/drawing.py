@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toolchain.compare.report.canvas import (
     INK,
@@ -11,6 +11,7 @@ from toolchain.compare.report.canvas import (
     PAPER,
     axis_of,
     canvas,
+    label_x,
     legend,
     place_labels,
     place_labels_at_end,
@@ -18,50 +19,56 @@ from toolchain.compare.report.canvas import (
 )
 from toolchain.compare.report.columns import score_names
 from toolchain.compare.report.notes import speedup_over_unpruned
-from toolchain.compare.report.panels import Panel, printable
+from toolchain.compare.report.panels import Panel
+from toolchain.compare.report.point_texts import (
+    NO_INTERVAL,
+    latency_text,
+    length_text,
+    point_text,
+    ratio_text,
+    score_text,
+)
+from toolchain.compare.report.points import Drawing, Mark, Marks
 from toolchain.compare.rows import Row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FAINT = 0.4
 DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "alpha": 0.6}
 RING: dict[str, Any] = {"marker": "o", "linestyle": "", "markerfacecolor": "none", "markersize": 11}
 
 
-def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
+def accuracy_latency(panels: Sequence[Panel]) -> Drawing | None:
     """Draws accuracy against latency: one point with intervals for each row, and the Pareto front of each panel.
 
     Returns:
-        The figure and its description; None if no row has both accuracy and latency.
+        The drawing; None if no row has both accuracy and latency.
     """
     shown = select_rows(panels, lambda row: row.measurement.score and latency_ms(row))
     if not shown:
         return None
+    marks = Marks()
     figure, grid = canvas([point_panel_height(panel) for panel in shown], sharex=True, sharey=True)
     for (axes,), panel in zip(grid, shown, strict=True):
         axes.set_title(panel.title)
-        front = [(latency_ms(row), accuracy_percent(row)) for row in _accuracy_front(panel)]
-        axes.step(*zip(*front, strict=True), where="post", color=INK, **DASHED)
+        draw_front(axes, panel.rows, marks, {"color": INK, **DASHED})
         for row in panel.rows:
-            _draw_point(axes, row)
+            _draw_point(axes, row, marks)
         axes.set_ylabel(f"{score_names(panel.rows)}, %")
         axis_of(axes.xaxis, [latency_ms(row) for part in shown for row in part.rows])
-    means = any("p50" not in row.measurement.latency_ms for panel in shown for row in panel.rows)
-    grid[-1][0].set_xlabel("latency at batch 1, ms" + ("; hollow: mean, published" if means else ", median"))
+    label_x(grid, latency_label([row for panel in shown for row in panel.rows]))
     legend(figure, [row for panel in shown for row in panel.rows], {"Pareto front": DASHED, "baseline": RING})
     for (axes,), panel in zip(grid, shown, strict=True):
-        place_labels(axes, [(latency_ms(row), accuracy_percent(row), panel.label(row)) for row in panel.rows])
+        points = [(latency_ms(row), accuracy_percent(row), panel.label(row)) for row in panel.rows]
+        marks.add_labels(panel.rows, place_labels(axes, points))
     descriptions = []
     for panel in shown:
         front_text = ", ".join(
             f"{panel.label(row)} ({accuracy_percent(row):.2f} % at {latency_ms(row):.2f} ms)"
-            for row in _accuracy_front(panel)
+            for row in accuracy_front(panel.rows)
         )
         descriptions.append(
             f"{panel.title}: {len(panel.rows)} variants; no variant is both faster and more accurate than {front_text}"
         )
-    return figure, join_descriptions(descriptions)
+    return Drawing(figure, descriptions, marks)
 
 
 def latency_ms(row: Row) -> float:
@@ -70,37 +77,58 @@ def latency_ms(row: Row) -> float:
     return figures.get("p50") or figures.get("mean") or 0.0
 
 
+def latency_label(rows: Sequence[Row]) -> str:
+    """Returns the label of the axis of `latency_ms`."""
+    has_means = any("p50" not in row.measurement.latency_ms for row in rows)
+    return "latency at batch 1, ms" + ("; hollow: mean, published" if has_means else ", median")
+
+
 def accuracy_percent(row: Row) -> float:
     """Returns the score in per cent; 0 if there is none."""
     return 100 * row.measurement.score.value if row.measurement.score else 0.0
 
 
-def _accuracy_front(panel: Panel) -> list[Row]:
+def accuracy_front(rows: Sequence[Row]) -> list[Row]:
     """Returns the rows that are more accurate than all faster rows, fastest first."""
     front: list[Row] = []
-    for row in sorted(panel.rows, key=lambda row: (latency_ms(row), -accuracy_percent(row))):
+    for row in sorted(rows, key=lambda row: (latency_ms(row), -accuracy_percent(row))):
         if not front or accuracy_percent(row) > accuracy_percent(front[-1]):
             front.append(row)
     return front
 
 
-def _draw_point(axes: Any, row: Row) -> None:
-    x, y, (colour, marker) = latency_ms(row), accuracy_percent(row), runtime_style(row)
-    if row.quality:
-        axes.vlines(x, 100 * row.quality.low, 100 * row.quality.high, color=colour, alpha=FAINT, linewidth=1)
-    if row.latency_interval:
-        axes.hlines(y, *row.latency_interval, color=colour, alpha=0.8, linewidth=1)
-    face = colour if "p50" in row.measurement.latency_ms else PAPER
-    axes.plot(x, y, marker, color=colour, markerfacecolor=face, markersize=6, zorder=3)
+def draw_front(axes: Any, rows: Sequence[Row], marks: Marks, style: dict[str, Any]) -> None:
+    """Draws a line through the rows that are more accurate than all faster rows."""
+    front = accuracy_front(rows)
+    places = [(latency_ms(row), accuracy_percent(row)) for row in front]
+    (line,) = axes.step(*zip(*places, strict=True), where="post", **style)
+    marks.add(line, Mark(tuple(front)))
+
+
+def _draw_point(axes: Any, row: Row, marks: Marks) -> None:
+    draw_accuracy_point(axes, row, marks, *runtime_style(row))
     if row.measurement is row.baseline:
-        axes.plot(x, y, color=INK, **RING)
+        (ring,) = axes.plot(latency_ms(row), accuracy_percent(row), color=INK, **RING)
+        marks.add(ring, Mark((row,), ring=True))
 
 
-def size_memory(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
+def draw_accuracy_point(axes: Any, row: Row, marks: Marks, colour: str, marker: str) -> None:
+    """Draws accuracy and latency of a row with their intervals; a hollow marker shows a published mean."""
+    x, y = latency_ms(row), accuracy_percent(row)
+    with marks.of_row(axes, row, point_text(row, latency_text(row), score_text(row)), compared=True):
+        if row.quality:
+            axes.vlines(x, 100 * row.quality.low, 100 * row.quality.high, color=colour, alpha=FAINT, linewidth=1)
+        if row.latency_interval:
+            axes.hlines(y, *row.latency_interval, color=colour, alpha=0.8, linewidth=1)
+        face = colour if "p50" in row.measurement.latency_ms else PAPER
+        axes.plot(x, y, marker, color=colour, markerfacecolor=face, markersize=6, zorder=3)
+
+
+def size_memory(panels: Sequence[Panel]) -> Drawing | None:
     """Draws one bar for each row and known figure: size, peak host memory and peak GPU memory, in MB (10^6 bytes).
 
     Returns:
-        The figure and its description; None if no row has a size or a peak memory.
+        The drawing; None if no row has a size or a peak memory.
     """
     kinds: dict[str, Callable[[Row], float | None]] = {
         "size, MB": lambda row: row.measurement.size_bytes.get("total"),
@@ -116,9 +144,10 @@ def size_memory(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     if not shown:
         return None
     figure, grid = canvas([_row_panel_height(panel) for panel in shown], len(kinds), sharex="col", sharey="row")
-    descriptions = []
+    descriptions, marks = [], Marks()
     for line, panel in zip(grid, shown, strict=True):
-        _label_rows(line[0], panel)
+        marks.add_labels(panel.rows, label_rows(line[0], panel))
+        texts = []
         for axes, (name, figure_of) in zip(line, kinds.items(), strict=True):
             bars = [
                 (position, row, (figure_of(row) or 0) / 1e6)
@@ -126,31 +155,31 @@ def size_memory(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
                 if figure_of(row)
             ]
             for position, row, value in bars:
-                axes.barh(position, value, color=runtime_style(row)[0], height=0.62)
-                axes.annotate(
-                    f"{value:.1f}" if value < 100 else f"{value:.0f}", (value, position), (3, 0), **_LABEL_STYLE
-                )
+                number = f"{value:.1f}" if value < 100 else f"{value:.0f}"
+                text = f"{name.removesuffix(', MB')}: {number} MB, {NO_INTERVAL}"
+                with marks.of_row(axes, row, point_text(row, text)):
+                    axes.annotate(number, (value, position), (3, 0), **_LABEL_STYLE)
+                    axes.barh(position, value, color=runtime_style(row)[0], height=0.62)
             if not bars:
                 axes.annotate("unknown", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", alpha=0.7)
             axes.margins(x=0.12)
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
             axes.set_xlabel(name)
-            descriptions.append(
-                f"{panel.title}: {name}: {_range_text(panel, [(row, value) for _, row, value in bars])}"
-            )
+            texts.append(f"{panel.title}: {name}: {_range_text(panel, [(row, value) for _, row, value in bars])}")
+        descriptions.append(". ".join(texts))
     legend(figure, [row for panel in shown for row in panel.rows])
-    return figure, join_descriptions(descriptions)
+    return Drawing(figure, descriptions, marks)
 
 
 _LABEL_STYLE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
 
 
-def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
+def latency(panels: Sequence[Panel]) -> Drawing | None:
     """Draws a box plot of the stored times at batch 1, with one box for each row.
 
     Returns:
-        The figure and its description; None if no row has stored times.
+        The drawing; None if no row has stored times.
     """
     import numpy as np
 
@@ -158,17 +187,19 @@ def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     if not shown:
         return None
     figure, grid = canvas([_row_panel_height(panel) for panel in shown], sharex=True)
-    descriptions, ends = [], []
+    descriptions, ends, marks = [], [], Marks()
     for (axes,), panel in zip(grid, shown, strict=True):
-        _label_rows(axes, panel)
+        marks.add_labels(panel.rows, label_rows(axes, panel))
         for position, row in enumerate(panel.rows):
             times = row.measurement.latency.values() if row.measurement.latency else []
             low, left, middle, right, high, last = np.percentile(times, [5, 25, 50, 75, 95, 99]) / 1000
             colour = runtime_style(row)[0]
-            axes.hlines(position, low, high, color=colour, linewidth=1.2)
-            axes.barh(position, right - left, left=left, color=colour, height=0.62)
-            axes.vlines(middle, position - 0.31, position + 0.31, color=PAPER, linewidth=1.6)
-            axes.plot(last, position, "x", color=colour, markersize=4.5)
+            percentiles = f"5th to 95th percentile {low:.2f} to {high:.2f} ms, 99th percentile {last:.2f} ms"
+            with marks.of_row(axes, row, point_text(row, latency_text(row), percentiles)):
+                axes.hlines(position, low, high, color=colour, linewidth=1.2)
+                axes.vlines(middle, position - 0.31, position + 0.31, color=PAPER, linewidth=1.6)
+                axes.plot(last, position, "x", color=colour, markersize=4.5)
+                axes.barh(position, right - left, left=left, color=colour, height=0.62)
             ends += [low, last]
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -176,22 +207,22 @@ def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
             f"{panel.title}: median {_range_text(panel, [(row, latency_ms(row)) for row in panel.rows], ' ms')}"
         )
     axis_of(grid[-1][0].xaxis, ends)
-    grid[-1][0].set_xlabel("latency at batch 1, ms")
+    label_x(grid, "latency at batch 1, ms")
     legend(figure, [row for panel in shown for row in panel.rows])
-    return figure, join_descriptions(descriptions)
+    return Drawing(figure, descriptions, marks)
 
 
-def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
+def latency_by_length(panels: Sequence[Panel]) -> Drawing | None:
     """Draws one line for each row: the median latency over the number of tokens.
 
     Returns:
-        The figure and its description; None if no row was measured by length.
+        The drawing; None if no row was measured by length.
     """
     shown = select_rows(panels, lambda row: row.measurement.by_length)
     if not shown:
         return None
     figure, grid = canvas([max(3.6, 0.17 * len(panel.rows) + 1.2) for panel in shown], sharex=True)
-    descriptions, labels = [], []
+    descriptions, labels, marks = [], [], Marks()
     for (axes,), panel in zip(grid, shown, strict=True):
         axes.set_title(panel.title)
         ends: list[tuple[Row, int, float]] = []
@@ -199,9 +230,13 @@ def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         for row in panel.rows:
             medians = {n: s.milliseconds()["p50"] for n, s in sorted(row.measurement.by_length.items())}
             colour, marker = runtime_style(row)
-            axes.plot(
-                list(medians), list(medians.values()), marker + LINES[row.measurement.provider == "cuda"], color=colour
-            )
+            with marks.of_row(axes, row):
+                line = LINES[row.measurement.provider == "cuda"]
+                axes.plot(list(medians), list(medians.values()), line, color=colour)
+            for tokens_of_point, median in medians.items():
+                text = length_text(tokens_of_point, row.measurement.by_length[tokens_of_point])
+                with marks.of_row(axes, row, point_text(row, text)):
+                    axes.plot(tokens_of_point, median, marker, color=colour)
             ends.append((row, max(medians), medians[max(medians)]))
             all_medians += medians.values()
         tokens = sorted({n for row in panel.rows for n in row.measurement.by_length})
@@ -209,54 +244,52 @@ def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         axis_of(axes.yaxis, all_medians)
         axes.set_ylabel("median, ms")
         axes.set_xlim(right=tokens[-1] * max(2.0, tokens[-1] / tokens[0]) ** 0.3)
-        labels.append((axes, [(x, y, panel.label(row)) for row, x, y in ends]))
+        labels.append((axes, panel.rows, [(x, y, panel.label(row)) for row, x, y in ends]))
         longest = [(row, y) for row, x, y in ends if x == tokens[-1]]
         descriptions.append(f"{panel.title}: at {tokens[-1]} tokens, median {_range_text(panel, longest, ' ms')}")
-    grid[-1][0].set_xlabel("tokens")
+    label_x(grid, "tokens")
     legend(figure, [row for panel in shown for row in panel.rows])
-    for axes, points in labels:
-        place_labels_at_end(axes, points)
-    return figure, join_descriptions(descriptions)
+    for axes, rows, points in labels:
+        marks.add_labels(rows, place_labels_at_end(axes, points))
+    return Drawing(figure, descriptions, marks)
 
 
-def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
+def pruning_speedup(panels: Sequence[Panel]) -> Drawing | None:
     """Draws one point for each pruned row that has both a predicted and a measured speed-up.
 
     Returns:
-        The figure and its description; None if no row has a predicted and a measured speed-up.
+        The drawing; None if no row has a predicted and a measured speed-up.
     """
     rows = [row for panel in panels for row in panel.rows]
     shown = select_rows(panels, lambda row: _predicted_speedup(row) and speedup_over_unpruned(row, rows))
     if not shown:
         return None
     figure, grid = canvas([point_panel_height(panel) for panel in shown], sharex=True, sharey=True)
-    descriptions, labels = [], []
+    descriptions, labels, marks = [], [], Marks()
     for (axes,), panel in zip(grid, shown, strict=True):
         axes.set_title(panel.title)
         points = []
         for row in panel.rows:
-            speedup, predicted, (colour, marker) = (
-                speedup_over_unpruned(row, rows),
-                _predicted_speedup(row),
-                runtime_style(row),
-            )
+            speedup, predicted = speedup_over_unpruned(row, rows), _predicted_speedup(row)
             assert speedup is not None
-            ratio = speedup[1]
-            if ratio.low and ratio.high:
-                axes.vlines(predicted, ratio.low, ratio.high, color=colour, alpha=FAINT, linewidth=1)
-            axes.plot(predicted, ratio.value, marker, color=colour, markersize=6, zorder=3)
+            (unpruned, ratio), (colour, marker) = speedup, runtime_style(row)
+            text = f"speed-up over {unpruned}: predicted {predicted:.2f}×, measured {ratio_text(ratio)}"
+            with marks.of_row(axes, row, point_text(row, text)):
+                if ratio.low and ratio.high:
+                    axes.vlines(predicted, ratio.low, ratio.high, color=colour, alpha=FAINT, linewidth=1)
+                axes.plot(predicted, ratio.value, marker, color=colour, markersize=6, zorder=3)
             points.append((predicted, ratio.value, panel.label(row)))
         axes.axline((1, 1), slope=1, color=INK, **DASHED)
         axes.margins(0.12)
         axes.set_ylabel("measured, times faster")
-        labels.append((axes, points))
+        labels.append((axes, panel.rows, points))
         texts = (f"{name} predicted {x:.2f}×, measured {y:.2f}×" for x, y, name in points)
         descriptions.append(f"{panel.title}: {'; '.join(texts)}")
-    grid[-1][0].set_xlabel("predicted, times faster")
+    label_x(grid, "predicted, times faster")
     legend(figure, [row for panel in shown for row in panel.rows], {"as predicted": DASHED})
-    for axes, points in labels:
-        place_labels(axes, points)
-    return figure, join_descriptions(descriptions)
+    for axes, panel_rows, points in labels:
+        marks.add_labels(panel_rows, place_labels(axes, points))
+    return Drawing(figure, descriptions, marks)
 
 
 def _predicted_speedup(row: Row) -> float:
@@ -280,11 +313,16 @@ def _row_panel_height(panel: Panel) -> float:
     return 0.21 * len(panel.rows) + 0.7
 
 
-def _label_rows(axes: Any, panel: Panel) -> None:
-    """Draws the title of the panel and labels the y axis with the panel's rows, the first row at the top."""
+def label_rows(axes: Any, panel: Panel) -> list[Any]:
+    """Draws the title of the panel, and labels the y axis with its rows, the first row at the top.
+
+    Returns:
+        The label of each row.
+    """
     axes.set_title(panel.title)
     axes.set_yticks(range(len(panel.rows)), [panel.label(row) for row in panel.rows])
     axes.set_ylim(len(panel.rows) - 0.4, -0.6)
+    return list(axes.get_yticklabels())
 
 
 def _range_text(panel: Panel, values: Sequence[tuple[Row, float]], unit: str = "") -> str:
@@ -293,8 +331,3 @@ def _range_text(panel: Panel, values: Sequence[tuple[Row, float]], unit: str = "
         return "not measured"
     (first_row, least), (last_row, most) = min(values, key=lambda pair: pair[1]), max(values, key=lambda pair: pair[1])
     return f"{least:.2f}{unit} ({panel.label(first_row)}) to {most:.2f}{unit} ({panel.label(last_row)})"
-
-
-def join_descriptions(descriptions: Any) -> str:
-    """Returns the description of a figure: the descriptions of its panels, as printable text."""
-    return printable(". ".join(descriptions) + ".", 4000)

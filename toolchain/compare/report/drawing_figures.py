@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from toolchain.compare.report.canvas import INK, axis_of, canvas, legend, place_labels, runtime_style
+from toolchain.compare.report.canvas import INK, axis_of, canvas, label_x, legend, place_labels, runtime_style
 from toolchain.compare.report.columns import to_megabytes
-from toolchain.compare.report.drawing import RING, join_descriptions, point_panel_height, select_rows
+from toolchain.compare.report.drawing import RING, point_panel_height, select_rows
 from toolchain.compare.report.panels import Panel
+from toolchain.compare.report.points import Drawing
 from toolchain.compare.rows import Row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Name of a figure → label of its axis, and the function that returns the figure of a row, or None if it is unknown.
 AXES: Mapping[str, tuple[str, Callable[[Row], float | None]]] = {
@@ -24,11 +21,11 @@ AXES: Mapping[str, tuple[str, Callable[[Row], float | None]]] = {
 }
 
 
-def figure_against(panels: Sequence[Panel], y: str, x: str) -> tuple[Figure, str] | None:
+def figure_against(panels: Sequence[Panel], y: str, x: str) -> Drawing | None:
     """Draws the figure `y` against the figure `x`, two keys of `AXES`: one point for each row.
 
     Returns:
-        The figure and its description; None if no row has both figures.
+        The drawing; None if no row has both figures.
     """
     (y_label, y_of), (x_label, x_of) = AXES[y], AXES[x]
     shown = select_rows(panels, lambda row: y_of(row) is not None and x_of(row) is not None)
@@ -54,8 +51,8 @@ def figure_against(panels: Sequence[Panel], y: str, x: str) -> tuple[Figure, str
         axis_of(grid[0][0].xaxis, [x_value for x_value, _, _ in all_points])
     if y != "accuracy":
         axis_of(grid[0][0].yaxis, [y_value for _, y_value, _ in all_points])
-    grid[-1][0].set_xlabel(x_label)
+    label_x(grid, x_label)
     legend(figure, [row for panel in shown for row in panel.rows], {"baseline": RING})
     for (axes,), panel_points in zip(grid, points, strict=True):
         place_labels(axes, panel_points)
-    return figure, join_descriptions(descriptions)
+    return Drawing(figure, descriptions)

@@ -54,6 +54,7 @@ class Flip:
         place: Model and machine.
         lost: Sentences that the baseline answers correctly and the cell answers wrongly.
         won: Sentences that the cell answers correctly and the baseline answers wrongly.
+        row: The row of the cell.
     """
 
     cell: str
@@ -61,6 +62,7 @@ class Flip:
     place: str
     lost: Sentences
     won: Sentences
+    row: Row
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def flips(rows: Sequence[Row], texts: Texts) -> list[Flip]:
             _model_and_machine(row),
             texts.sentences(row.run, row.changed_sentences("lost")),
             texts.sentences(row.run, row.changed_sentences("won")),
+            row,
         )
         for row in rows
         if _has_flips(row) and row.baseline

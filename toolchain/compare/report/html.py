@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolchain.compare.report import canvas, origin, plots, sections
+from toolchain.compare.report import origin, page_plots, plots, sections
+from toolchain.compare.report.baselines import Baselines
 from toolchain.compare.report.columns import rows_with_figures, title
+from toolchain.compare.report.filters import Filter, filters
 from toolchain.compare.report.flips import Texts, flips, shared_losses
-from toolchain.compare.report.notes import notes
+from toolchain.compare.report.notes import baseline_note, notes
 from toolchain.compare.report.panels import panels
 from toolchain.compare.rows import Row
 from toolchain.results.statistics import CONFIDENCE, FEWEST_ROUNDS
 from toolchain.system.escaping import escape_controls
 
-TEMPLATE, SCRIPT = "report.html.j2", "report.js"
-# Colour in a plot → the colour of the page's theme that replaces it.
-THEMED = {
-    canvas.INK: "currentColor",
-    canvas.PAPER: "var(--paper)",
-    canvas.OTHER_STYLE[0]: "var(--other)",
-    **{colour: f"var(--{runtime})" for runtime, (colour, _) in canvas.RUNTIME_STYLES.items()},
-}
-_SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+TEMPLATE, SCRIPTS = "report.html.j2", ("sorting.js", "points.js", "controls.js")
 
 
 def to_html(rows: Sequence[Row]) -> str:
@@ -43,9 +37,11 @@ def to_html(rows: Sequence[Row]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script = (folder / SCRIPT).read_text()
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    script = "\n".join((folder / name).read_text() for name in SCRIPTS)
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # The page's content security policy holds the digest of report.js, so a browser runs no other script.
+    # The page's content security policy holds the digest of the script, so a browser runs no other script. The page's
+    # data are no script.
     page = environment.get_template(TEMPLATE).render(script=script, script_sha256=allowed, **_content(rows))
     return escape_controls(page.encode(errors="replace").decode())
 
@@ -53,22 +49,33 @@ def to_html(rows: Sequence[Row]) -> str:
 def _content(rows: Sequence[Row]) -> dict[str, Any]:
     shown = rows_with_figures(rows)
     runs = list({id(row.run): row.run for row in rows}.values())
+    numbers = {id(row): number for number, row in enumerate(shown)}
+    baselines, hidden = Baselines(shown) if shown else None, filters(shown)
+    others = baselines.others if baselines else []
     texts, compared = Texts(), sections.comparison(shown) if shown else None
+    first_note = baseline_note(shown)
     facts = [origin.protocol(runs), origin.versions(runs), origin.rates(runs)]
     methods = dict.fromkeys(str(m) for row in shown if (m := row.measurement.memory_bytes.get("method")))
     return {
         "models": list(dict.fromkeys(row.measurement.model for row in rows)),
         "lines": title(rows),
-        "best": [(panel.title, panel_best) for panel in panels(shown) if (panel_best := sections.best_rows(panel))],
+        "number_of": lambda row: numbers[id(row)],
+        "place": baselines.place if baselines else None,
+        "choices": [choice.label for choice in baselines.choices] if baselines else [],
+        "filters": hidden,
+        "data": _data(baselines, hidden, numbers) if baselines else None,
+        "best": [(panel.title, sections.best_rows(panel)) for panel in panels(shown)],
         "comparison": compared,
         "marks": sections.marks(compared) if compared else [],
         # The page marks the Pareto front with a word instead of `FRONT`, so no note explains this symbol.
-        "notes": notes(shown, explain_front=False) if shown else [],
+        "first_note": first_note,
+        "notes": [line for line in notes(shown, explain_front=False) if line != first_note] if shown else [],
         "plots": [
-            (name, plot, inline(plots.svg(plot, name), name, plot.alt)) for name, plot in plots.figures(rows).items()
+            (name, plot, page_plots.parts(plot, name, lambda row: numbers[id(row)]))
+            for name, plot in plots.figures(rows).items()
         ],
-        "stages": sections.stages(shown) if shown else None,
-        "quality": sections.quality(shown) if shown else None,
+        "stages": sections.stages(shown, others) if shown else None,
+        "quality": sections.quality(shown, others) if shown else None,
         "flips": flips(shown, texts),
         "shared": shared_losses(shown, texts),
         "missing": sections.rows_without_figures(rows),
@@ -81,42 +88,7 @@ def _content(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def inline(svg: str, name: str, alt: str) -> Any:
-    """Returns an SVG as markup for a page, without metadata, style elements and namespaces.
-
-    The function replaces colours by the page's theme colours and makes ids unique in the page.
-
-    Args:
-        svg: The SVG document.
-        name: Prefix of the ids in the SVG.
-        alt: Description of the image for screen readers.
-    """
-    from xml.etree import ElementTree
-
-    import markupsafe
-
-    root = ElementTree.fromstring(svg)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{_SVG}metadata", f"{_SVG}style") or not child.tag.startswith(_SVG):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        attributes = {key.removeprefix(_LINK): value for key, value in element.attrib.items()}
-        element.attrib.clear()
-        element.attrib.update({key: _apply_theme(key, value, name) for key, value in attributes.items()})
-    for size in ("width", "height", "version"):
-        root.attrib.pop(size, None)
-    root.attrib |= {"role": "img", "aria-label": alt}
-    return markupsafe.Markup(ElementTree.tostring(root, encoding="unicode"))
-
-
-def _apply_theme(key: str, value: str, name: str) -> str:
-    if key == "id":
-        return f"{name}-{value}"
-    if key == "href":
-        return value.replace("#", f"#{name}-")
-    if key in ("style", "fill", "stroke"):
-        for colour, themed in THEMED.items():
-            value = value.replace(colour, themed)
-    return value.replace("url(#", f"url(#{name}-")
+def _data(baselines: Baselines, hidden: Sequence[Filter], numbers: Mapping[int, int]) -> dict[str, Any]:
+    """Returns the data of the page's script: the choices of the baseline, and each row's values of the filters."""
+    data = baselines.to_data(lambda row: numbers[id(row)])
+    return {**data, "meaning": sections.MEANINGS["baseline"], "filters": [each.indices for each in hidden]}

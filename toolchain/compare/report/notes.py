@@ -37,10 +37,7 @@ def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
         rows: The rows of the comparison.
         explain_front: Whether a note explains the symbol `FRONT`.
     """
-    baselines = list(dict.fromkeys(row.baseline.cell for row in rows if row.baseline))
-    lines = []
-    if baselines:
-        lines.append(f"Ratios are against {' and '.join(baselines)} of the same run; above 1 is better.")
+    lines = list(filter(None, [baseline_note(rows)]))
     lines += dict.fromkeys(_method_note(row) for row in rows_with_figures(rows) if "batch_size" in row.run.run)
     if explain_front and any(row.pareto for row in rows):
         lines.append(
@@ -72,6 +69,17 @@ def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
         lines.append("[stale]: a newer build has replaced the measured artifact; measure again with `toolchain bench`.")
     without_figures = [(cell_name(row, rows), row.measurement) for row in rows if row.measurement.status not in FIGURES]
     return lines + _group_cells([(name, f" {m.status}: {m.reason} {m.mend}".rstrip()) for name, m in without_figures])
+
+
+def baseline_note(rows: Sequence[Row]) -> str:
+    """Returns a note that names the baselines of the rows; empty if no row has a baseline."""
+    names = baseline_names(rows)
+    return f"Ratios are against {names} of the same run; above 1 is better." if names else ""
+
+
+def baseline_names(rows: Sequence[Row]) -> str:
+    """Returns the cells of the rows' baselines; empty if no row has a baseline."""
+    return " and ".join(dict.fromkeys(row.baseline.cell for row in rows if row.baseline))
 
 
 def _exactness_note(row: Row) -> str:

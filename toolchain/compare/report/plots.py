@@ -6,14 +6,15 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.compare.report import drawing, drawing_exits, drawing_figures
+from toolchain.compare.report import drawing, drawing_exits, drawing_figures, drawing_machines
 from toolchain.compare.report.canvas import STYLE
 from toolchain.compare.report.columns import rows_with_figures
-from toolchain.compare.report.panels import Panel, panels
+from toolchain.compare.report.panels import Panel, panels, printable
+from toolchain.compare.report.points import Drawing, Marks
 from toolchain.compare.rows import Row
 from toolchain.errors import ResultFileError
 from toolchain.system import files
@@ -33,12 +34,16 @@ class Plot:
         title: The heading.
         caption: Text that explains the plot and how to read it.
         alt: Content of the plot in words, for screen readers.
+        panels: Content of each panel in words.
+        marks: The marks of the plot, and the rows that they show.
     """
 
     figure: Figure
     title: str
     caption: str
     alt: str
+    panels: tuple[str, ...] = ()
+    marks: Marks = field(default_factory=Marks)
 
     def __repr__(self) -> str:
         """Returns one line that names the plot."""
@@ -60,9 +65,21 @@ class Plot:
         _write(file, svg(self, self.title, "white").encode() if file.suffix == ".svg" else _png(self, self.title))
 
 
-Drawing = tuple["Figure", str]
 # Name of a plot → heading, caption, and the function that draws the plot or returns None if there is no data.
 PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] = {
+    "accuracy-latency-machines": (
+        "Accuracy against latency on several machines",
+        "Up and to the left is better. Colour and shape show the machine. Bars are 95 % intervals. Each machine has "
+        "its own Pareto front and its own baseline, because ratios are never taken across machines. If a panel has "
+        "many points, it names only the fastest, the most accurate and the baseline row of each machine.",
+        drawing_machines.accuracy_latency_of_machines,
+    ),
+    "latency-machines": (
+        "Latency of the variants on several machines",
+        "To the left is better. Only variants that several machines measured are shown. Colour and shape show the "
+        "machine. Bars are 95 % intervals of the median over rounds.",
+        drawing_machines.latency_of_machines,
+    ),
     "accuracy-latency": (
         "Accuracy against latency",
         "Up and to the left is better. Vertical bars are 95 % intervals of the score over sentences. Horizontal "
@@ -121,7 +138,7 @@ def figures(rows: Sequence[Row], names: Collection[str] = tuple(PLOTS)) -> dict[
     with _style():
         for name, (title, caption, draw) in PLOTS.items():
             if name in names and (drawn := draw(shown)):
-                plots[name] = Plot(drawn[0], title, caption, drawn[1])
+                plots[name] = _plot(drawn, title, caption)
     return plots
 
 
@@ -153,7 +170,12 @@ def figure_against(rows: Sequence[Row], y: str, x: str) -> Plot | None:
     with _style():
         drawn = drawing_figures.figure_against(panels(rows_with_figures(rows)), y, x)
     caption = "Each point is a row of the comparison. A ring marks the baseline."
-    return Plot(drawn[0], f"{y.capitalize()} against {x}", caption, drawn[1]) if drawn else None
+    return _plot(drawn, f"{y.capitalize()} against {x}", caption) if drawn else None
+
+
+def _plot(drawn: Drawing, title: str, caption: str) -> Plot:
+    texts = tuple(printable(f"{text}.", 4000) for text in drawn.descriptions)
+    return Plot(drawn.figure, title, caption, printable(" ".join(texts), 4000), texts, drawn.marks)
 
 
 def _png(plot: Plot, name: str) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from toolchain.compare.report.columns import (
     CELL,
@@ -60,6 +61,8 @@ class Table:
         rows: Entries of the table, row by row.
         head: Index of the column that names the rows.
         sortable: Whether a reader can sort the table.
+        sources: The row of the comparison that each line shows; empty if a line does not show a single row.
+        compact: Whether the page hides the columns whose figures are all unknown.
     """
 
     caption: str
@@ -67,8 +70,20 @@ class Table:
     rows: list[list[Entry]]
     head: int = 0
     sortable: bool = True
+    sources: tuple[Row, ...] = ()
+    compact: bool = False
 
-    @property
+    def key(self, line: int, column: int) -> float | str | None:
+        """Returns the value by which the table sorts an entry; None for an unknown figure."""
+        entry = self.rows[line][column]
+        return None if entry.empty else entry.key if self.numeric[column] else entry.text
+
+    @functools.cached_property
+    def blank(self) -> list[bool]:
+        """Returns, for each column, whether all its figures are unknown."""
+        return [all(entry.empty for entry in column) for column in zip(*self.rows, strict=True)]
+
+    @functools.cached_property
     def numeric(self) -> list[bool]:
         """Returns, for each column, whether the page sorts it by number.
 
@@ -94,7 +109,11 @@ def comparison(rows: Sequence[Row]) -> Table:
     lines = [[_cell(row) if column is CELL else make_entry(column.figure(row)) for column in shown] for row in rows]
     headers = [column.header for column in shown]
     return Table(
-        "Every variant on its provider; ratios in brackets, above 1 is better", headers, lines, shown.index(CELL)
+        "Every variant on its provider; ratios in brackets, above 1 is better",
+        headers,
+        lines,
+        shown.index(CELL),
+        sources=tuple(rows),
     )
 
 
@@ -122,8 +141,13 @@ def marks(table: Table) -> list[tuple[str, str]]:
     ]
 
 
-def quality(rows: Sequence[Row]) -> Table | None:
-    """Returns the table of scores beyond accuracy, without empty columns; None if no row has scores."""
+def quality(rows: Sequence[Row], others: Sequence[Row] = ()) -> Table | None:
+    """Returns the table of scores beyond accuracy, without empty columns; None if no row has scores.
+
+    Args:
+        rows: The rows.
+        others: The same rows with other baselines. The table also has a column if only these rows have its figure.
+    """
     scored = [row for row in rows if row.quality]
     figures: list[_FigureColumn] = [
         (
@@ -146,16 +170,21 @@ def quality(rows: Sequence[Row]) -> Table | None:
         ("calibration error", _quality_figure(lambda q: Figure.from_number(q.calibration_error, ".4f"))),
         ("changed in a batch", _quality_figure(lambda q: Figure.from_number(q.batch_changed, "d"))),
     ]
-    return _row_table(
-        f"Scores of the answers beyond their {score_names(scored)}", rows, scored, _filled(figures, scored)
+    table = _row_table(
+        f"Scores of the answers beyond their {score_names(scored)}", rows, scored, _filled(figures, [*scored, *others])
     )
+    return replace(table, compact=True) if table else None
 
 
-def stages(rows: Sequence[Row]) -> Table | None:
+def stages(rows: Sequence[Row], others: Sequence[Row] = ()) -> Table | None:
     """Returns a table of the figures that the comparison table omits; None if no row is measured.
 
     The table has no empty columns. The figures in the table are intervals, tail latencies, latency with tokenising,
     load time, memory by stage and gzip size.
+
+    Args:
+        rows: The rows.
+        others: The same rows with other baselines. The table also has a column if only these rows have its figure.
     """
 
     def milliseconds(name: str, quantile: str, form: str = ".2f") -> Callable[[Row], Figure | None]:
@@ -181,7 +210,9 @@ def stages(rows: Sequence[Row]) -> Table | None:
     ]
     measured_rows = [row for row in rows if row.measurement.status == "ok"]
     caption = "Intervals, tail latencies, load time, memory by stage, and download size"
-    return _row_table(caption, rows, measured_rows, _filled(figures, measured_rows))
+    measured_others = [row for row in others if row.measurement.status == "ok"]
+    table = _row_table(caption, rows, measured_rows, _filled(figures, [*measured_rows, *measured_others]))
+    return replace(table, compact=True) if table else None
 
 
 def _interval(bounds: Sequence[float | None] | None, form: str, suffix: str = "") -> Figure | None:
@@ -218,18 +249,28 @@ def _row_table(
         ]
         for row in chosen
     ]
-    return Table(caption, headers, lines, len(group)) if lines else None
+    return Table(caption, headers, lines, len(group), sources=tuple(chosen)) if lines else None
 
 
-def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
-    """Returns the best measured row of a panel for each figure that at least two rows have.
+@dataclass(frozen=True)
+class Best:
+    """The best row of a panel for one figure.
 
-    Returns:
-        For each figure, a tuple of three values. The first value names the best row's advantage, such as ``smallest``
-        for the figure ``size``. The second value is the name of the best row. The third value is a list of texts: the
-        figure of the best row, and the score of the best row if the score is known. For the score itself, the
-        list holds only the score.
+    Attributes:
+        advantage: The advantage of the row, such as ``smallest`` for the figure ``size``.
+        name: Name of the row.
+        texts: The figure of the row, and its score if the score is known. For the score itself, only the score.
+        row: The row.
     """
+
+    advantage: str
+    name: str
+    texts: list[str]
+    row: Row
+
+
+def best_rows(panel: Panel) -> list[Best]:
+    """Returns the best measured row of a panel for each figure that at least two rows have."""
     categories: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
         ("score", "most accurate", _negative_score),
         ("p50", "fastest at batch 1", lambda row: row.measurement.latency_ms.get("p50")),
@@ -249,7 +290,7 @@ def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
             figure, score = column and column.figure(row), row.measurement.score
             texts = [figure.with_unit(column.unit)] if column and figure else []
             texts += [_score_text(row)] if score else []
-            best.append((category, panel.label(row), texts))
+            best.append(Best(category, panel.label(row), texts, row))
     return best
 
 
