@@ -17,7 +17,6 @@ from toolchain.results.scores import Accuracy, EntityScore, RegressionScore, cou
 from toolchain.results.statistics import Ratio
 
 BASELINE = "torch-fp32"
-# A row is noisy if it exceeds `STEAL_SHARE`, `OTHERS_SHARE` or `INTERVAL_SHARE`.
 STEAL_SHARE = 0.02  # Limit for the share of processor time that the host of a virtual machine takes.
 OTHERS_SHARE = 0.05  # Limit for the share of processor time that processes outside the benchmark use.
 INTERVAL_SHARE = 0.10  # Limit for the half-width of the median latency's 95 % interval, divided by the median.
@@ -356,14 +355,13 @@ def compare(
         ResultFileError: There are no rows, or no row has the given baseline.
     """
     newest: dict[tuple[Any, ...], Row] = {}
-    for run in sorted(runs, key=lambda r: r.created):
-        for measurement in run.rows:
-            settings = (run.data["sha256"], run.run.get("threads"), run.run.get("batch_size"))
-            key = (measurement.model, measurement.cell, run.machine["id"], measurement.artifact_id, *settings)
-            current_id = (current or {}).get((measurement.model, measurement.variant))
-            stale = bool(measurement.artifact_id and current_id and current_id != measurement.artifact_id)
-            newest.pop(key, None)
-            newest[key] = Row(measurement, run, _baseline(measurement, run, baseline), stale)
+    for run, measurement in ((run, each) for run in sorted(runs, key=lambda r: r.created) for each in run.rows):
+        settings = (run.data["sha256"], run.run.get("threads"), run.run.get("batch_size"))
+        key = (measurement.model, measurement.cell, run.machine["id"], measurement.artifact_id, *settings)
+        current_id = (current or {}).get((measurement.model, measurement.variant))
+        stale = bool(measurement.artifact_id and current_id and current_id != measurement.artifact_id)
+        newest.pop(key, None)
+        newest[key] = Row(measurement, run, _baseline(measurement, run, baseline), stale)
     rows = sorted(newest.values(), key=lambda row: row.measurement.status not in ("ok", "reported"))
     if not rows:
         raise ResultFileError("There are no rows to compare.", "Measure cells with `toolchain bench`.")
@@ -431,8 +429,7 @@ def _pareto_figures(row: Row) -> tuple[float, float, float] | None:
     return measurement.score.value, -p50, -float(size)
 
 
-# Name of an order → function that returns a row's sort key. The row with the smallest key comes first, and rows
-# without a key come last.
+# Name of an order → function that returns a row's sort key. The smallest key comes first; rows without a key come last.
 ORDERS: dict[str, Callable[[Row], float | None]] = {
     "accuracy": lambda row: -row.measurement.score.value if row.measurement.score else None,
     "latency": lambda row: row.measurement.latency_ms.get("p50"),
@@ -458,15 +455,14 @@ def arrange(rows: Sequence[Row], order: str | None, patterns: Sequence[str], pro
 
     def matches(row: Row) -> bool:
         names = (row.measurement.cell, row.measurement.variant)
-        has_pattern = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+        has_pattern = any(fnmatch.fnmatchcase(name, each) for each in patterns for name in names)
         return (has_pattern or not patterns) and provider in (None, row.measurement.provider)
 
     selected = [row for row in rows if matches(row)]
     if not selected:
         cells = ", ".join(dict.fromkeys(row.measurement.cell for row in rows))
-        criteria = ", ".join([*patterns, *([f"*@{provider}"] if provider else [])])
-        raise ResultFileError(f"No row matches {criteria}.", f"The cells are: {cells}.")
-    if order:
-        figure = ORDERS[order]
+        criteria = [*patterns, *([f"*@{provider}"] if provider else [])]
+        raise ResultFileError(f"No row matches {', '.join(criteria)}.", f"The cells are: {cells}.")
+    if figure := ORDERS.get(order or ""):
         selected.sort(key=lambda row: (figure(row) is None, figure(row) or 0.0))
     return mark_front(selected)
