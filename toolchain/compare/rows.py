@@ -355,7 +355,7 @@ def compare(
         ResultFileError: There are no rows, or no row has the given baseline.
     """
     newest: dict[tuple[Any, ...], Row] = {}
-    for run, measurement in ((run, each) for run in sorted(runs, key=lambda r: r.created) for each in run.rows):
+    for run, measurement in ((file, each) for file in sorted(runs, key=lambda r: r.created) for each in file.rows):
         settings = (run.data["sha256"], run.run.get("threads"), run.run.get("batch_size"))
         key = (measurement.model, measurement.cell, run.machine["id"], measurement.artifact_id, *settings)
         current_id = (current or {}).get((measurement.model, measurement.variant))
