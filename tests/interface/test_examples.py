@@ -68,7 +68,9 @@ def test_every_public_function_and_method_has_an_example():
 def test_an_example_runs(name, folder, built_tiny, short_bench, monkeypatch):
     # The layers of the tiny model have fewer weights than an exit costs, so exits cost nothing here.
     monkeypatch.setattr("toolchain.exits.choice.EXIT_WEIGHTS", 0)
-    text = examples()[name].replace("my-checkpoint", built_tiny.model)
+    # Its weights are random: it is sure of nothing, and its accuracy with exits differs from one processor to another.
+    monkeypatch.setattr("toolchain.exits.choice.CONFIDENCES", (0.5,))
+    text = examples()[name].replace("my-checkpoint", built_tiny.model).replace("max_drop=1.0", "max_drop=50")
     test = doctest.DocTestParser().get_doctest(text, {"tc": tc}, name, None, 0)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     report = []

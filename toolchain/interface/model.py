@@ -339,7 +339,7 @@ class Model:
             The variant with exits, such as onnx-exits-int8.
 
         Examples:
-            >>> tc.open("my-checkpoint", train_data="train.csv").exits("onnx-int8").name
+            >>> tc.open("my-checkpoint", train_data="train.csv").exits("onnx-int8", max_drop=1.0).name
             'onnx-exits-int8'
         """
         check_number("max_drop", max_drop, 0)
