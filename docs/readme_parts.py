@@ -14,7 +14,7 @@ from types import ModuleType
 from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.variants import is_variant
 from toolchain.cli import cli
-from toolchain.compare.report.columns import EXIT_COLUMNS, Column, columns
+from toolchain.compare.report.columns import EXIT_COLUMNS, Column, columns, host_name
 from toolchain.compare.report.markdown import to_markdown
 from toolchain.compare.report.notes import notes
 from toolchain.compare.rows import Row, compare
@@ -125,8 +125,8 @@ def _chosen_cells(
     by_cell: dict[str, Row] = {row.measurement.cell: row for row in rows}
     chosen = [by_cell[f"{variant}@cpu"] for variant in variants]
     shown = [*first, *(column for column in columns(rows) if column.name in names)]
-    run, machine = rows[0].run, rows[0].run.machine
-    title = f"{machine['cpu']}, {machine['cores']} cores, {run.data['rows']} sentences of {run.data['name']}:"
+    data = rows[0].run.data
+    title = f"{host_name(rows[0])}, {data['rows']} sentences of {data['name']}:"
     body = [[f"`{row.measurement.variant}`", *(column.text(row) for column in shown)] for row in chosen]
     return f"{title}\n\n{_table(['variant', *(column.header for column in shown)], body)}"
 

@@ -13,7 +13,7 @@ from conftest import TESTS
 from rich_rows import DATA, exits_result, hostile_result, report_html, rich_result
 from sample_results import measured_row, result, row_of_cell
 
-from toolchain.compare.report.columns import CELL, columns
+from toolchain.compare.report.columns import CELL, columns, host_name
 from toolchain.compare.report.flat import to_csv
 from toolchain.compare.report.flips import Sentence, Texts
 from toolchain.compare.report.notes import notes
@@ -234,12 +234,29 @@ def test_notes_name_the_machine_of_a_row_where_there_are_several():
     for note in (
         " [noisy]: the host took",
         ", p50 ms by length",
-        ": Pruning removed 50.0% of the encoder's",
+        ": torch-pruned50@cpu ",
         " unavailable: No GPU",
     ):
         assert not any(" on d, 3 cores" in line for line in notes_of_one)
         assert any(f" on d, 3 cores{note}" in line for line in notes_of_two), note
     assert len(set(notes_of_two)) == len(notes_of_two)
+    assert sum("Pruning removed" in line for line in notes_of_two) == sum(
+        "Pruning removed" in line for line in notes_of_one
+    )
+
+
+@pytest.mark.parametrize(
+    ("processor", "short"),
+    [
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel Xeon @ 2.20GHz"),
+        ("AMD EPYC 7763 64-Core Processor", "AMD EPYC 7763 64-Core"),
+        ("Apple M1", "Apple M1"),
+        ("Processor", "Processor"),
+    ],
+)
+def test_the_name_of_a_machine_is_short(processor, short):
+    machine = {**result().machine, "cpu": processor, "cores": 2}
+    assert host_name(compare([rich_result(machine=machine)])[0]) == f"{short}, 2 cores"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -211,7 +212,7 @@ def group_columns(rows: Sequence[Row]) -> list[Column]:
     group: list[Column] = []
     if len({row.measurement.model for row in rows}) > 1:
         group.append(Column("model", "model", lambda row: Figure(row.measurement.model)))
-    if _has_several_machines(rows):
+    if has_several_machines(rows):
         group.append(Column("machine", "machine", lambda row: Figure(machine_name(row))))
     return group
 
@@ -229,14 +230,14 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     return [*group_columns(rows), *shown]
 
 
-def _has_several_machines(rows: Sequence[Row]) -> bool:
+def has_several_machines(rows: Sequence[Row]) -> bool:
     """Returns whether the rows come from more than one machine."""
     return len({row.run.machine["id"] for row in rows}) > 1
 
 
 def cell_name(row: Row, rows: Sequence[Row]) -> str:
     """Returns the row's cell, with its machine if the rows come from several machines."""
-    return f"{row.measurement.cell} on {machine_name(row)}" if _has_several_machines(rows) else row.measurement.cell
+    return f"{row.measurement.cell} on {machine_name(row)}" if has_several_machines(rows) else row.measurement.cell
 
 
 def machine_name(row: Row) -> str:
@@ -249,9 +250,15 @@ def machine_name(row: Row) -> str:
 
 
 def host_name(row: Row) -> str:
-    """Returns the processor's name and number of cores; omits an unknown number of cores, which is stored as 0."""
+    """Returns the processor's short name and number of cores; omits an unknown number of cores, which is stored as 0.
+
+    The short name leaves out the signs of trademarks and the words "CPU" and "Processor": ``Intel Xeon @ 2.20GHz``.
+    """
     machine = row.run.machine
-    return ", ".join([machine["cpu"], *([f"{machine['cores']} cores"] if machine["cores"] else [])])
+    name = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b", " ", machine["cpu"], flags=re.IGNORECASE)
+    # A name that consists of these words only stays as it is.
+    short = " ".join(name.split()) or machine["cpu"]
+    return ", ".join([short, *([f"{machine['cores']} cores"] if machine["cores"] else [])])
 
 
 def title(rows: Sequence[Row]) -> list[str]:

@@ -17,6 +17,7 @@ from toolchain.compare.report.columns import (
     FRONT,
     cell_name,
     has_fallback,
+    has_several_machines,
     machine_name,
     rows_with_figures,
     score_names,
@@ -143,22 +144,25 @@ def _source_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _pruning_notes(rows: Sequence[Row]) -> list[str]:
-    """Returns notes about pruned rows; the rows of one run that have the same summary of pruning share one note.
+    """Returns a note for each summary of pruning: the cells that share it, the summary, and their measured speed-ups.
 
-    A note names the cells, summarises their pruning, and gives the measured speed-up of each cell. The baseline of this
-    speed-up is the same variant without pruning, in the same run.
+    The baseline of a speed-up is the same variant without pruning, in the same run.
     """
-    groups: dict[tuple[int, str], list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows_with_figures(rows):
         if "pruning" in row.measurement.facts:
-            groups.setdefault((id(row.run), summarize_pruning(row.measurement.facts["pruning"])), []).append(row)
+            groups.setdefault(summarize_pruning(row.measurement.facts["pruning"]), []).append(row)
     lines = []
-    for (_, text), pruned in groups.items():
-        gains = [(cell_name(row, rows), speedup_over_unpruned(row, rows)) for row in pruned]
-        gain_texts = [f"{cell} {gain[1].value:.2f}× over {gain[0]}" for cell, gain in gains if gain]
-        cells = ", ".join(cell_name(row, rows) for row in pruned)
-        measured = f". Measured speed-up at batch 1: {', '.join(gain_texts)}" if gain_texts else ""
-        lines.append(f"{cells}: {text}{measured}")
+    for text, pruned in groups.items():
+        gains: dict[str, list[str]] = {}
+        for row in pruned:
+            if gain := speedup_over_unpruned(row, rows):
+                machine = f" on {machine_name(row)}" if has_several_machines(rows) else ""
+                gain_text = f"{row.measurement.cell} {gain[1].value:.2f}× over {gain[0]}"
+                gains.setdefault(machine, []).append(gain_text)
+        cells = ", ".join(dict.fromkeys(row.measurement.cell for row in pruned))
+        measured = [f". Measured speed-up at batch 1{machine}: {', '.join(texts)}" for machine, texts in gains.items()]
+        lines.append(f"{cells}: {text}{''.join(measured)}.")
     return lines
 
 

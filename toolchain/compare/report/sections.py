@@ -27,7 +27,7 @@ _FigureColumn = tuple[str, Callable[[Row], Figure | None]]
 MEANINGS = {
     "baseline": "The ratios in other rows compare with this row.",
     "Pareto": "Every row that beats this row in its score, latency or size is worse in another of these figures.",
-    "noisy": "The times are unreliable",
+    "noisy": "The times are unreliable. A note below gives the reason.",
     "stale": "A newer build has replaced the measured artifact.",
     "reported": "Published figures, not measured here.",
     "fallback": "A part of the model ran on another provider.",
@@ -121,24 +121,14 @@ def _cell(row: Row) -> Entry:
     conditions = {"baseline": row.measurement is row.baseline, "Pareto": row.pareto}
     names = [mark for mark, holds in conditions.items() if holds]
     names += [mark for mark in MEANINGS if mark in row_marks(row)]
-    meanings = {**MEANINGS, "noisy": f"{MEANINGS['noisy']}: {row.noisy}."}
+    meanings = {**MEANINGS, "noisy": f"The times are unreliable: {row.noisy}."}
     return Entry(row.measurement.cell, marks=tuple((name, meanings[name]) for name in names))
 
 
 def marks(table: Table) -> list[tuple[str, str]]:
-    """Returns each mark in the table with the text that explains the mark.
-
-    The text for the mark ``noisy`` gives the reason. Different cells may have different reasons, so each reason has a
-    text of its own, which starts with the names of the cells.
-    """
-    cells: dict[tuple[str, str], list[str]] = {}
-    for row in table.rows:
-        for mark in row[table.head].marks:
-            cells.setdefault(mark, []).append(row[table.head].text)
-    return [
-        (mark, meaning if meaning == MEANINGS.get(mark) else f"{', '.join(names)}: {meaning}")
-        for (mark, meaning), names in cells.items()
-    ]
+    """Returns each mark in the table with its meaning."""
+    used = dict.fromkeys(mark for row in table.rows for mark, _ in row[table.head].marks)
+    return [(mark, MEANINGS[mark]) for mark in used]
 
 
 def quality(rows: Sequence[Row], others: Sequence[Row] = ()) -> Table | None:
