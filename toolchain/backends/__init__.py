@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from toolchain.errors import ProviderError
+from toolchain.results.providers import CUDA_GRAPHS
 from toolchain.results.session_settings import DEFAULT, SessionSettings
 from toolchain.system.files import temporary_folder
 
@@ -25,6 +27,7 @@ class Backend:
 
     Attributes:
         session: Path of the class as ``module:class``.
+        graph_session: Path of the class that replays CUDA graphs; None if the runtime has none.
         imports: Modules that a benchmark imports before it opens the session, to measure the memory of the modules and
             of the session separately.
         python: Path of the interpreter that runs the session in a benchmark; None for the interpreter of the toolchain.
@@ -35,6 +38,21 @@ class Backend:
     session: str
     imports: tuple[str, ...]
     python: str | None = None
+    graph_session: str | None = None
+
+    def session_on(self, provider: str) -> str:
+        """Returns the path of the session class for an execution provider.
+
+        Raises:
+            ProviderError: The provider is ``cuda-graphs``, and the runtime has no CUDA graphs.
+        """
+        if provider != CUDA_GRAPHS:
+            return self.session
+        if self.graph_session is None:
+            raise ProviderError(
+                "This runtime has no CUDA graphs.", "Use onnx-fp16 or torch-compile-fp16, or the provider cuda."
+            )
+        return self.graph_session
 
 
 _TORCH = ("torch", "transformers.models.auto.modeling_auto")
@@ -42,12 +60,20 @@ _TORCH = ("torch", "transformers.models.auto.modeling_auto")
 # is a string, so that its module is imported only when needed.
 BACKENDS = {
     "torch": Backend("toolchain.backends.pytorch:TorchSession", _TORCH),
-    "torch-compile": Backend("toolchain.backends.compiled:CompiledSession", (*_TORCH, "torch._dynamo")),
+    "torch-compile": Backend(
+        "toolchain.backends.compiled:CompiledSession",
+        (*_TORCH, "torch._dynamo"),
+        graph_session="toolchain.backends.compiled:CompiledGraphSession",
+    ),
     "bnb": Backend(
         "toolchain.backends.bnb:BnbSession", ("torch", "transformers.models.auto.modeling_auto", "bitsandbytes")
     ),
     "torchao": Backend("toolchain.backends.compiled:TorchaoSession", (*_TORCH, "torch._dynamo", "torchao")),
-    "onnx": Backend("toolchain.backends.ort:OrtSession", ("onnxruntime",)),
+    "onnx": Backend(
+        "toolchain.backends.ort:OrtSession",
+        ("onnxruntime",),
+        graph_session="toolchain.backends.ort_graphs:OrtGraphSession",
+    ),
 }
 
 
@@ -56,7 +82,7 @@ class Place:
     """The execution provider and the options of a session.
 
     Attributes:
-        provider: ``cpu`` or ``cuda``.
+        provider: ``cpu``, ``cuda``, or ``cuda-graphs`` for CUDA with CUDA graphs.
         threads: Number of CPU threads.
         device_id: Number of the GPU in the order of `nvidia-smi`.
         allow_fallback: Whether operators without a kernel on the provider may run on the CPU; the session's facts then
@@ -134,7 +160,7 @@ def open_session(folder: Path, runtime: str, place: Place) -> Session:
         ProviderError: The provider is unavailable.
         DeviceMemoryError: The device has too little memory.
     """
-    return session_class(BACKENDS[runtime].session)(folder, place)
+    return session_class(BACKENDS[runtime].session_on(place.provider))(folder, place)
 
 
 @contextmanager

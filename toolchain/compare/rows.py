@@ -12,6 +12,7 @@ from toolchain.data.labels import MULTI, REGRESSION, LabelSet, number
 from toolchain.errors import ResultFileError
 from toolchain.results import statistics
 from toolchain.results.measurements import PROBABILITY, Measurement, Samples
+from toolchain.results.providers import CUDA_GRAPHS, includes
 from toolchain.results.result_file import ResultFile
 from toolchain.results.scores import Accuracy, EntityScore, RegressionScore, count_entities
 from toolchain.results.statistics import Ratio
@@ -394,6 +395,8 @@ def _baseline(measurement: Measurement, run: ResultFile, requested: str | None) 
         if requested
         else [f"{BASELINE}@cpu", f"{BASELINE}@{provider}"]
     )
+    if provider == CUDA_GRAPHS:  # most variants run on CUDA without graphs only
+        candidates.append(f"{requested or BASELINE}@cuda")
     rows = {row.cell: row for row in run.rows if row.model == measurement.model and row.status == measurement.status}
     return next((rows[cell] for cell in candidates if cell in rows), None)
 
@@ -447,7 +450,7 @@ def arrange(rows: Sequence[Row], order: str | None, patterns: Sequence[str], pro
         rows: The rows to select from.
         order: Name of the sort order, a key of `ORDERS`; None keeps the order of `rows`.
         patterns: Shell patterns for cells or variants, such as ``onnx-*``; empty matches all rows.
-        provider: Provider of the rows; None matches all providers.
+        provider: Provider of the rows; None matches all providers, and ``cuda`` also matches ``cuda-graphs``.
 
     Raises:
         ResultFileError: No row matches.
@@ -456,7 +459,8 @@ def arrange(rows: Sequence[Row], order: str | None, patterns: Sequence[str], pro
     def matches(row: Row) -> bool:
         names = (row.measurement.cell, row.measurement.variant)
         has_pattern = any(fnmatch.fnmatchcase(name, each) for each in patterns for name in names)
-        return (has_pattern or not patterns) and provider in (None, row.measurement.provider)
+        has_provider = provider is None or includes(provider, row.measurement.provider)
+        return (has_pattern or not patterns) and has_provider
 
     selected = [row for row in rows if matches(row)]
     if not selected:

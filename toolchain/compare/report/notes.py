@@ -24,6 +24,7 @@ from toolchain.compare.report.columns import (
 )
 from toolchain.compare.rows import Row
 from toolchain.errors import UnknownVariantError
+from toolchain.results.providers import CUDA_GRAPHS
 from toolchain.results.scores import Accuracy
 from toolchain.results.statistics import Ratio
 
@@ -121,6 +122,11 @@ def _gpu_notes(rows: Sequence[Row]) -> list[str]:
     if any(row.measurement.resident_ms for row in rows):
         lines.append(
             "On device: batch and logits stay on the GPU. The columns p50 and p95 include copies to and from the GPU."
+        )
+    if any(row.measurement.provider == CUDA_GRAPHS for row in rows_with_figures(rows)):
+        lines.append(
+            f"{CUDA_GRAPHS}: one text at a time is padded to the next length with a CUDA graph. Larger batches have no "
+            "graph."
         )
     methods = dict.fromkeys(row.measurement.memory_bytes.get("gpu", {}).get("method") for row in rows)
     return lines + [f"GPU peak: {method}." for method in methods if method]
