@@ -252,6 +252,11 @@ def test_compiled_pytorch_records_and_replays_graphs_of_the_same_lengths(built_t
         assert np.abs(logits - eager.run(batch(rows, tokens))).max() < 1e-5
     session.resident(batch(1, 5))()
     assert fake_compiler == [(graphs, (1, 8)), (graphs, (1, 96)), ({}, (2, 5)), (graphs, (1, 8)), (graphs, (1, 8))]
+    fake_compiler.clear()
+    session._lengths = (8,)
+    session.run(batch(1, 9))
+    assert fake_compiler == [({}, (1, 9))]  # a text above the last length has no graph
+    session._lengths = lengths
     facts = session.facts()
     assert facts["compiled"] == "dynamic shapes, CUDA graphs"
     assert facts["graph_lengths"] == list(lengths)

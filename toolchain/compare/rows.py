@@ -389,14 +389,10 @@ def _baseline(measurement: Measurement, run: ResultFile, requested: str | None) 
     """
     if measurement.status not in ("ok", "reported"):
         return None
-    provider = measurement.provider
-    candidates = (
-        [requested, f"{requested}@{provider}", f"{requested}@cpu"]
-        if requested
-        else [f"{BASELINE}@cpu", f"{BASELINE}@{provider}"]
-    )
-    if provider == CUDA_GRAPHS:  # most variants run on CUDA without graphs only
-        candidates.append(f"{requested or BASELINE}@cuda")
+    providers = [measurement.provider, "cpu"] if requested else ["cpu", measurement.provider]
+    if measurement.provider == CUDA_GRAPHS:
+        providers.append("cuda")  # most variants run on CUDA without graphs only
+    candidates = [requested or "", *(f"{requested or BASELINE}@{provider}" for provider in providers)]
     rows = {row.cell: row for row in run.rows if row.model == measurement.model and row.status == measurement.status}
     return next((rows[cell] for cell in candidates if cell in rows), None)
 
@@ -459,8 +455,7 @@ def arrange(rows: Sequence[Row], order: str | None, patterns: Sequence[str], pro
     def matches(row: Row) -> bool:
         names = (row.measurement.cell, row.measurement.variant)
         has_pattern = any(fnmatch.fnmatchcase(name, each) for each in patterns for name in names)
-        has_provider = provider is None or includes(provider, row.measurement.provider)
-        return (has_pattern or not patterns) and has_provider
+        return (has_pattern or not patterns) and (provider is None or includes(provider, row.measurement.provider))
 
     selected = [row for row in rows if matches(row)]
     if not selected:
