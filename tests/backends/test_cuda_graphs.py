@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 from session_on_host import pretend_cuda
+from torch._dynamo.utils import counters
 
 from toolchain import passes
 from toolchain.backends import Place, compiled, open_session
@@ -261,6 +262,30 @@ def test_compiled_pytorch_records_and_replays_graphs_of_the_same_lengths(built_t
     assert facts["compiled"] == "dynamic shapes, CUDA graphs"
     assert facts["graph_lengths"] == list(lengths)
     session.close()
+
+
+def test_a_model_without_graphs_is_refused_although_the_compiler_runs_it(built_tiny, fake_compiler, monkeypatch):
+    run = RecordedModel.forward
+
+    def skip_one_length(self, **inputs):
+        if inputs["input_ids"].shape[1] == 256:
+            counters["inductor"]["cudagraph_skips"] += 1
+        return run(self, **inputs)
+
+    monkeypatch.setattr(RecordedModel, "forward", skip_one_length)
+    with pytest.raises(ProviderError, match="cannot record CUDA graphs of this model") as error:
+        open_session(built_tiny.path("torch-fp32"), "torch-compile", PLACE)
+    assert "--provider cuda" in error.value.hint
+    assert fake_compiler[-1][1] == (1, 256)
+
+
+@pytest.mark.slow
+def test_the_compiler_itself_reports_a_model_without_graphs(built_tiny, monkeypatch):
+    # On the CPU, PyTorch compiles the model and has no CUDA graphs.
+    monkeypatch.setattr("toolchain.backends.pytorch.device", lambda place: torch.device("cpu"))
+    with pytest.raises(ProviderError, match="cannot record CUDA graphs of this model"):
+        open_session(built_tiny.path("torch-fp32"), "torch-compile", PLACE)
+    torch._dynamo.reset()
 
 
 @pytest.mark.gpu

@@ -108,8 +108,8 @@ class CompiledGraphSession(CompiledSession):
     batch of several texts has no graph, and its code is compiled in the first such batch.
 
     Raises:
-        ProviderError: PyTorch finds no GPU, or cannot compile the model.
-        ArtifactError: The folder has no readable manifest.
+        ProviderError: PyTorch finds no GPU, cannot compile the model, or cannot record the graphs.
+        ArtifactError: The folder has no readable manifest, or the model fails on a text.
     """
 
     def __init__(self, folder: Path, place: Place) -> None:
@@ -118,8 +118,24 @@ class CompiledGraphSession(CompiledSession):
         self._lengths = graph_lengths(manifest.max_length)
         names = [spec.name for spec in manifest.inputs]
         for length in reversed(self._lengths):
-            for _ in range(RECORDING_RUNS):
-                self.run(example_text(names, length))
+            self._record(example_text(names, length))
+
+    def _record(self, text: dict[str, np.ndarray]) -> None:
+        """Records the graph of one length.
+
+        If PyTorch cannot record a part of the model, PyTorch runs this part without a graph, logs one line, and counts
+        the part.
+        """
+        from torch._dynamo.utils import counters
+
+        skips_before = counters["inductor"]["cudagraph_skips"]
+        for _ in range(RECORDING_RUNS):
+            self.run(text)
+        if counters["inductor"]["cudagraph_skips"] > skips_before:
+            raise ProviderError(
+                "PyTorch cannot record CUDA graphs of this model.",
+                "Use the variant without CUDA graphs, with --provider cuda.",
+            )
 
     def _compile(self, model: PreTrainedModel) -> PreTrainedModel:
         self._graph_model = compile_model(model, {**self.options, "triton.cudagraphs": True})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -106,16 +107,19 @@ class OrtGraphSession(OrtSession):
                 return remove_padding(graph.binding.copy_outputs_to_cpu()[0], batch["input_ids"].shape[1])
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
-        """See `Session.resident`; the next text of a similar length replaces the batch on the device."""
+        """See `Session.resident`; the next text with the same graph replaces the batch on the device."""
         length = find_length(batch, self._lengths)
-        if length is None:
-            return super().resident(batch)
-        graph = self._graphs[length]
-        graph.fill(batch)
+        compute: Callable[[], object]
+        with self._lock:
+            if length is None:
+                compute = super().resident(batch)
+            else:
+                self._graphs[length].fill(batch)
+                compute = functools.partial(self._replay, self._graphs[length])
 
         def run_model() -> None:
             with self._lock:
-                self._replay(graph)
+                compute()
 
         return run_model
 
