@@ -186,10 +186,14 @@ def test_a_damaged_model_is_not_reported_as_one_without_graphs(tmp_path, cuda, m
     ],
 )
 def test_an_error_during_the_recording_is_translated(built_tiny, cuda, monkeypatch, message, kind):
-    def fail(*_):
-        raise state.Fail(message)
+    run = cuda.run_with_iobinding
 
-    monkeypatch.setattr(cuda, "run_with_iobinding", fail)
+    def fail_while_recording(session, binding, options):
+        if int(options.get_run_config_entry("gpu_graph_id")) != NO_GRAPH:
+            raise state.Fail(message)
+        run(session, binding, options)
+
+    monkeypatch.setattr(cuda, "run_with_iobinding", fail_while_recording)
     with pytest.raises(kind):
         open_session(built_tiny.path("onnx-fp32"), "onnx", PLACE)
 
@@ -273,17 +277,26 @@ def test_a_model_without_graphs_is_refused_although_the_compiler_runs_it(built_t
         return run(self, **inputs)
 
     monkeypatch.setattr(RecordedModel, "forward", skip_one_length)
-    with pytest.raises(ProviderError, match="cannot record CUDA graphs of this model") as error:
+    with pytest.raises(ProviderError, match="records no CUDA graphs of a part of this model") as error:
         open_session(built_tiny.path("torch-fp32"), "torch-compile", PLACE)
     assert "--provider cuda" in error.value.hint
     assert fake_compiler[-1][1] == (1, 256)
+
+
+def test_an_error_of_pytorch_during_the_recording_is_translated(built_tiny, fake_compiler, monkeypatch):
+    def fail(self, **inputs):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(RecordedModel, "forward", fail)
+    with pytest.raises(ProviderError, match=r"cannot record CUDA graphs of this model: .* operation not permitted"):
+        open_session(built_tiny.path("torch-fp32"), "torch-compile", PLACE)
 
 
 @pytest.mark.slow
 def test_the_compiler_itself_reports_a_model_without_graphs(built_tiny, monkeypatch):
     # On the CPU, PyTorch compiles the model and has no CUDA graphs.
     monkeypatch.setattr("toolchain.backends.pytorch.device", lambda place: torch.device("cpu"))
-    with pytest.raises(ProviderError, match="cannot record CUDA graphs of this model"):
+    with pytest.raises(ProviderError, match="records no CUDA graphs of a part of this model"):
         open_session(built_tiny.path("torch-fp32"), "torch-compile", PLACE)
     torch._dynamo.reset()
 

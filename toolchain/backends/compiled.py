@@ -20,7 +20,7 @@ from toolchain.backends.graph_lengths import (
     remove_padding,
 )
 from toolchain.backends.pytorch import TorchSession
-from toolchain.errors import ProviderError, first_line
+from toolchain.errors import ArtifactError, ProviderError, first_line
 from toolchain.system import hardware
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class CompiledGraphSession(CompiledSession):
 
     Raises:
         ProviderError: PyTorch finds no GPU, cannot compile the model, or cannot record the graphs.
-        ArtifactError: The folder has no readable manifest, or the model fails on a text.
+        ArtifactError: The folder has no readable manifest.
     """
 
     def __init__(self, folder: Path, place: Place) -> None:
@@ -128,14 +128,15 @@ class CompiledGraphSession(CompiledSession):
         """
         from torch._dynamo.utils import counters
 
+        hint = "Use the variant without CUDA graphs, with --provider cuda."
         skips_before = counters["inductor"]["cudagraph_skips"]
-        for _ in range(RECORDING_RUNS):
-            self.run(text)
+        try:
+            for _ in range(RECORDING_RUNS):
+                self.run(text)
+        except ArtifactError as error:
+            raise ProviderError(f"PyTorch cannot record CUDA graphs of this model: {error.cause}", hint) from error
         if counters["inductor"]["cudagraph_skips"] > skips_before:
-            raise ProviderError(
-                "PyTorch cannot record CUDA graphs of this model.",
-                "Use the variant without CUDA graphs, with --provider cuda.",
-            )
+            raise ProviderError("PyTorch records no CUDA graphs of a part of this model.", hint)
 
     def _compile(self, model: PreTrainedModel) -> PreTrainedModel:
         self._graph_model = compile_model(model, {**self.options, "triton.cudagraphs": True})

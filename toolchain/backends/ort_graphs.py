@@ -78,8 +78,7 @@ class OrtGraphSession(OrtSession):
         import onnxruntime as ort
 
         example = example_text(names, length)
-        # A run without a graph gives the shape and the type of the logits.
-        logits = self._session.run([self._output], example, self._run_options)[0]
+        logits = super().run(example)  # a run without a graph gives the shape and the type of the logits
         device = "cuda", self._place.device_id
         inputs = {name: ort.OrtValue.ortvalue_from_numpy(array, *device) for name, array in example.items()}
         binding = self._session.io_binding()
