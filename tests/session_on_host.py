@@ -1,4 +1,4 @@
-"""A session of ONNX Runtime that reports CUDA as its provider, although the CPU runs it."""
+"""A session of ONNX Runtime that reports CUDA or TensorRT as its provider, although the CPU runs it."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ REAL_SESSION, REAL_VALUE = ort.InferenceSession, ort.OrtValue
 
 
 class SessionOnHost:
-    """A real CPU session that reports CUDA as its provider and keeps GPU tensors in the memory of the host.
+    """A real CPU session that reports the requested provider and keeps GPU tensors in the memory of the host.
 
     With the provider's option ``enable_cuda_graph``, the first run with a number keeps its binding. Each later run with
     this number computes the kept binding, whatever binding the run names, as a CUDA graph has fixed addresses.
@@ -23,11 +23,12 @@ class SessionOnHost:
     def __init__(self, path, options, providers):
         self._real = REAL_SESSION(path, options, providers=["CPUExecutionProvider"])
         self.options.append(providers)
-        self._has_graphs = isinstance(providers[0], tuple) and providers[0][1].get("enable_cuda_graph") == "1"
+        self._provider, provider_options = providers[0]
+        self._has_graphs = provider_options.get("enable_cuda_graph") == "1"
         self._graphs = {}
 
     def get_providers(self):
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        return [self._provider, "CPUExecutionProvider"]
 
     def get_provider_graph_assignment_info(self):
         def assignment(provider, kinds):
@@ -35,7 +36,7 @@ class SessionOnHost:
 
         operators = [node.op_type for p in self._real.get_provider_graph_assignment_info() for node in p.get_nodes()]
         return [
-            assignment("CUDAExecutionProvider", operators),
+            assignment(self._provider, operators),
             assignment("CPUExecutionProvider", [*self.cpu_operators, "Shape", "Slice"]),
         ]
 
@@ -84,7 +85,8 @@ def pretend_cuda(monkeypatch):
         session_type.devices.append((kind, device_id))
         return REAL_VALUE.ortvalue_from_numpy(array.copy(), "cpu", 0)
 
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    providers = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
     monkeypatch.setattr(ort, "InferenceSession", session_type)
     monkeypatch.setattr(ort, "OrtValue", SimpleNamespace(ortvalue_from_numpy=from_numpy))
     monkeypatch.setattr(ort, "preload_dlls", lambda: session_type.options.append("preloaded"), raising=False)

@@ -101,8 +101,8 @@ def test_modules_of_a_room_do_not_import_each_other(room_name):
         "passes.__init__",
         "backends.__init__",
     }
-    # Each of these four modules defines a subclass of the session class of PyTorch or ONNX Runtime.
-    exceptions |= {"backends.bnb", "backends.compiled", "backends.lora", "backends.ort_graphs"}
+    # Each of these five modules defines a subclass of the session class of PyTorch or ONNX Runtime.
+    exceptions |= {"backends.bnb", "backends.compiled", "backends.lora", "backends.ort_graphs", "backends.ort_tensorrt"}
     # The modules in `parts` define no session and no pass, so every module of the same room may import them.
     parts = {f"toolchain.backends.{name}" for name in ("reduced", "torchao", "graph_lengths")}
     parts |= {f"toolchain.passes.{name}" for name in ("graph", "int8", "attention")}

@@ -179,18 +179,20 @@ def test_a_damaged_model_is_not_reported_as_one_without_graphs(tmp_path, cuda, m
 
 
 @pytest.mark.parametrize(
-    ("message", "kind"),
+    ("error", "kind"),
     [
-        ("CUDA failure 900: operation not permitted when stream is capturing", ProviderError),
-        ("CUDA failure 2: out of memory ; GPU=0", DeviceMemoryError),
+        (state.Fail("CUDA failure 900: operation not permitted when stream is capturing"), ProviderError),
+        (state.EPFail("CUDA graph launch error: invalid argument"), ProviderError),
+        (state.Fail("CUDA failure 2: out of memory ; GPU=0"), DeviceMemoryError),
+        (RuntimeError("CUDA failure 2: out of memory ; GPU=0"), DeviceMemoryError),
     ],
 )
-def test_an_error_during_the_recording_is_translated(built_tiny, cuda, monkeypatch, message, kind):
+def test_an_error_during_the_recording_is_translated(built_tiny, cuda, monkeypatch, error, kind):
     run = cuda.run_with_iobinding
 
     def fail_while_recording(session, binding, options):
         if int(options.get_run_config_entry("gpu_graph_id")) != NO_GRAPH:
-            raise state.Fail(message)
+            raise error
         run(session, binding, options)
 
     monkeypatch.setattr(cuda, "run_with_iobinding", fail_while_recording)
@@ -206,9 +208,9 @@ def test_operators_on_the_cpu_are_refused_even_if_a_fallback_is_allowed(built_ti
 
 
 def test_a_runtime_without_graphs_is_refused(built_tiny):
-    with pytest.raises(ProviderError, match="This runtime has no CUDA graphs") as error:
+    with pytest.raises(ProviderError, match="This runtime does not run on cuda-graphs") as error:
         open_session(built_tiny.path("torch-fp32"), "torch", PLACE)
-    assert "onnx-fp16" in error.value.hint
+    assert error.value.hint == "Use the provider cuda, or another variant."
 
 
 def test_a_folder_without_a_manifest_is_refused(built_tiny, tmp_path, cuda):
@@ -219,8 +221,9 @@ def test_a_folder_without_a_manifest_is_refused(built_tiny, tmp_path, cuda):
 
 def test_cuda_includes_cuda_graphs_and_nothing_else_includes_another_provider():
     chosen = {each: [provider for provider in PROVIDERS if includes(each, provider)] for each in PROVIDERS}
-    assert chosen == {"cpu": ["cpu"], "cuda": ["cuda", CUDA_GRAPHS], CUDA_GRAPHS: [CUDA_GRAPHS]}
-    assert [provider for provider in PROVIDERS if is_on_gpu(provider)] == ["cuda", CUDA_GRAPHS]
+    assert chosen.pop("cuda") == ["cuda", CUDA_GRAPHS]
+    assert chosen == {each: [each] for each in PROVIDERS if each != "cuda"}
+    assert [provider for provider in (*PROVIDERS, "OpenVINO CPU") if is_on_gpu(provider)] == [*PROVIDERS[1:]]
 
 
 class RecordedModel(torch.nn.Module):

@@ -91,6 +91,14 @@ def test_a_row_with_cuda_graphs_is_compared_with_rows_on_cuda():
     assert [row.measurement.cell for row in arrange(compare([run]), None, (), "cuda-graphs")] == [cell]
 
 
+def test_a_row_on_tensorrt_is_compared_with_rows_on_cuda_and_states_its_precision():
+    base, engine = measured_row("torch-fp32", 4, "cuda"), measured_row("onnx-std", 1, "tensorrt")
+    rows = compare([result(base, engine)])
+    assert row_of_cell(rows, "onnx-std@tensorrt").baseline is base
+    assert [line for line in notes(rows) if line.startswith("tensorrt: computes in half precision")]
+    assert not [line for line in notes(compare([result(base)])) if line.startswith("tensorrt")]
+
+
 def test_a_comparison_keeps_the_newest_row_of_each_artifact():
     slower_row = measured_row("onnx-int8", 2)
     rebuilt_row = measured_row("onnx-int8", 3, artifact_id="another id")

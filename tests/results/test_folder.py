@@ -58,11 +58,8 @@ def test_measurements_of_an_artifact_start_with_the_newest(tmp_path):
     assert measurements[row.artifact_id][0].created.startswith("2026-01-02")
 
 
-def test_a_row_with_cuda_graphs_is_no_measurement_for_a_bundle(tmp_path):
-    rows = [
-        measured_row("onnx-fp16", milliseconds, provider)
-        for milliseconds, provider in ((2, "cuda"), (1, "cuda-graphs"))
-    ]
+def test_rows_with_cuda_graphs_or_tensorrt_are_no_measurements_for_a_bundle(tmp_path):
+    rows = [measured_row("onnx-fp16", 2, provider) for provider in ("cuda", "cuda-graphs", "tensorrt")]
     result(*rows).write(tmp_path / "a.json")
     measurements = ResultsFolder(tmp_path).measurements_of([rows[0].artifact_id], pytest.fail)
     assert [row.cell for _, row in measurements.values()] == ["onnx-fp16@cuda"]

@@ -27,7 +27,7 @@ from toolchain.artifacts.steps import (
     step_name,
 )
 from toolchain.errors import UnknownVariantError
-from toolchain.results.providers import CUDA_GRAPHS, PROVIDERS
+from toolchain.results.providers import CUDA_GRAPHS, TENSORRT
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
     ),
     "cuda": ("torch-fp32", "torch-fp16", "bnb-int8", "bnb-nf4", "onnx-fp32", "onnx-fp16"),
     CUDA_GRAPHS: ("torch-compile-fp16", "onnx-fp16"),
+    TENSORRT: ("onnx-std",),
 }
 
 
@@ -145,7 +146,7 @@ _KINDS = (
         _PRUNING_TAGS,
         {"runtime": "torch"},
         lambda _: Compile(),
-        PROVIDERS,
+        ("cpu", "cuda", CUDA_GRAPHS),
     ),
     _Kind(
         "bnb",
@@ -165,7 +166,13 @@ _KINDS = (
         ("cpu",),
     ),
     _Kind(
-        "onnx", _FP32_SCHEMES, frozenset({"std"}), _PRUNING_TAGS, {"runtime": "torch", "std": False}, lambda _: Export()
+        "onnx",
+        _FP32_SCHEMES,
+        frozenset({"std"}),
+        _PRUNING_TAGS,
+        {"runtime": "torch", "std": False},
+        lambda _: Export(),
+        ("cpu", "cuda", TENSORRT),
     ),
     _Kind("onnx", _FP32_SCHEMES, _NO_TAGS, _PRUNING_TAGS, {"std": True}, lambda _: Optimize.for_provider("cpu")),
     _Kind(

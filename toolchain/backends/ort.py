@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import DeviceMemoryError, GraphError, ProviderError, ToolchainError
-from toolchain.results.providers import CUDA_GRAPHS
+from toolchain.results.providers import CUDA_GRAPHS, TENSORRT
 from toolchain.results.session_settings import DEFAULT, SessionSettings
 from toolchain.system.extras import install_hint
 
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
     from toolchain.backends import Place
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", CUDA_GRAPHS: "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    CUDA_GRAPHS: "CUDAExecutionProvider",
+    TENSORRT: "TensorrtExecutionProvider",
+}
 # Hides ONNX Runtime's log: an error is also an exception, and this module checks the causes of warnings itself.
 _FATAL_ONLY = 4
 # An x86 processor without VNNI adds two U8 × S8 products in 16 bits, and this sum can saturate. `EXACT_PRODUCTS` is the
@@ -155,6 +160,10 @@ class OrtSession:
     """A `Session` that runs on ONNX Runtime."""
 
     _run_options: Any = None  # options of a run; None for the default options
+    _start_hint = (
+        "Install the CUDA and cuDNN versions that ONNX Runtime was built for (`toolchain doctor` names them), or leave "
+        "out --provider cuda."
+    )
 
     def __init__(self, folder: Path, place: Place) -> None:
         import onnxruntime as ort
@@ -211,9 +220,7 @@ class OrtSession:
         providers = self._session.get_providers()
         if providers[0] != provider:
             raise ProviderError(
-                f"ONNX Runtime could not start {provider} and uses {', '.join(providers)} instead.",
-                "Install the CUDA and cuDNN versions that ONNX Runtime was built for (`toolchain doctor` names them), "
-                "or leave out --provider cuda.",
+                f"ONNX Runtime could not start {provider} and uses {', '.join(providers)} instead.", self._start_hint
             )
         if misplaced := self._misplaced_nodes(provider):
             operators = ", ".join(f"{count} {kind}" for kind, count in sorted(misplaced.items()))
@@ -347,6 +354,7 @@ def failures() -> tuple[type[Exception], ...]:
         state.InvalidArgument,
         state.RuntimeException,
         state.NotImplemented,
+        state.EPFail,
     )
 
 

@@ -53,7 +53,7 @@ class OrtGraphSession(OrtSession):
         try:
             # The longest text comes first, because later graphs reuse its memory.
             self._graphs = {length: self._record(names, length) for length in reversed(self._lengths)}
-        except failures() as error:
+        except (*failures(), RuntimeError) as error:  # an allocation outside a run raises RuntimeError
             check_memory(error)
             raise self._load_error(folder / "model.onnx", describe(error)) from error
 

@@ -12,7 +12,7 @@ from toolchain.data.labels import MULTI, REGRESSION, LabelSet, number
 from toolchain.errors import ResultFileError
 from toolchain.results import statistics
 from toolchain.results.measurements import PROBABILITY, Measurement, Samples
-from toolchain.results.providers import CUDA_GRAPHS, includes
+from toolchain.results.providers import CUDA_GRAPHS, TENSORRT, includes
 from toolchain.results.result_file import ResultFile
 from toolchain.results.scores import Accuracy, EntityScore, RegressionScore, count_entities
 from toolchain.results.statistics import Ratio
@@ -390,8 +390,8 @@ def _baseline(measurement: Measurement, run: ResultFile, requested: str | None) 
     if measurement.status not in ("ok", "reported"):
         return None
     providers = [measurement.provider, "cpu"] if requested else ["cpu", measurement.provider]
-    if measurement.provider == CUDA_GRAPHS:
-        providers.append("cuda")  # most variants run on CUDA without graphs only
+    if measurement.provider in (CUDA_GRAPHS, TENSORRT):
+        providers.append("cuda")  # most variants run on the GPU on ``cuda`` only
     candidates = [requested or "", *(f"{requested or BASELINE}@{provider}" for provider in providers)]
     rows = {row.cell: row for row in run.rows if row.model == measurement.model and row.status == measurement.status}
     return next((rows[cell] for cell in candidates if cell in rows), None)

@@ -376,8 +376,8 @@ class Model:
         Args:
             variants: The variants to measure; None for the default variants.
             quick: Whether to measure each variant for about 20 seconds instead of 60 seconds.
-            provider: Execution providers, ``cpu``, ``cuda`` or ``cuda-graphs``; empty for all. ``cuda`` includes
-                ``cuda-graphs``.
+            provider: Execution providers, ``cpu``, ``cuda``, ``cuda-graphs`` or ``tensorrt``; empty for all. ``cuda``
+                includes ``cuda-graphs``.
             data: Evaluation data; None for the embedded SST-2.
             text_column: Column of texts; None for the column that `open` names.
             text_pair_column: Column of second texts; None for the column that `open` names.

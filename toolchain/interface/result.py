@@ -152,8 +152,8 @@ class Result:
         Args:
             baseline: Variant or cell that the ratios refer to; None for torch-fp32.
             filter: Keep only cells whose name matches one of these patterns, such as ``onnx-*``.
-            provider: Keep only rows of this execution provider, ``cpu``, ``cuda`` or ``cuda-graphs``; ``cuda`` includes
-                ``cuda-graphs``.
+            provider: Keep only rows of this execution provider, ``cpu``, ``cuda``, ``cuda-graphs`` or ``tensorrt``;
+                ``cuda`` includes ``cuda-graphs``.
             sort: Sort by accuracy, latency, throughput, memory or size, the best row first.
 
         Raises:

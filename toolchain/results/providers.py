@@ -5,7 +5,9 @@ from __future__ import annotations
 # CUDA that replays recorded CUDA graphs. A CUDA graph holds all kernels of one batch size and length, and one call
 # starts all of them.
 CUDA_GRAPHS = "cuda-graphs"
-PROVIDERS = ("cpu", "cuda", CUDA_GRAPHS)
+# TensorRT, which builds an engine from the whole graph, in half precision.
+TENSORRT = "tensorrt"
+PROVIDERS = ("cpu", "cuda", CUDA_GRAPHS, TENSORRT)
 
 
 def includes(chosen: str, provider: str) -> bool:
@@ -14,5 +16,5 @@ def includes(chosen: str, provider: str) -> bool:
 
 
 def is_on_gpu(provider: str) -> bool:
-    """Returns whether cells on the provider run on a GPU."""
-    return includes("cuda", provider)
+    """Returns whether cells on the provider run on a GPU; published rows also have other providers."""
+    return provider in PROVIDERS[1:]
