@@ -43,17 +43,20 @@ class OrtGraphSession(OrtSession):
     """
 
     def __init__(self, folder: Path, place: Place) -> None:
-        # A graph cannot hold operators that run on the CPU, so a fallback is impossible.
+        # A graph holds no operators that run on the CPU, so a fallback is impossible. Only operators that compute
+        # shapes may run on the CPU during the recording, because the shapes of a graph never change.
         super().__init__(folder, replace(place, allow_fallback=False))
         self._lock = threading.Lock()
         self._run_options = _make_run_options(NO_GRAPH)
         manifest = read_manifest(folder)
         self._lengths = graph_lengths(manifest.max_length)
         names = [spec.name for spec in manifest.inputs]
+        # An allocation outside a run raises RuntimeError.
+        errors: tuple[type[Exception], ...] = (*failures(), RuntimeError)
         try:
             # The longest text comes first, because later graphs reuse its memory.
             self._graphs = {length: self._record(names, length) for length in reversed(self._lengths)}
-        except (*failures(), RuntimeError) as error:  # an allocation outside a run raises RuntimeError
+        except errors as error:
             check_memory(error)
             raise self._load_error(folder / "model.onnx", describe(error)) from error
 
