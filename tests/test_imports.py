@@ -101,10 +101,10 @@ def test_modules_of_a_room_do_not_import_each_other(room_name):
         "passes.__init__",
         "backends.__init__",
     }
-    # Each of these three modules defines a subclass of the PyTorch session class.
-    exceptions |= {"backends.bnb", "backends.compiled", "backends.lora"}
+    # Each of these five modules defines a subclass of the session class of PyTorch or ONNX Runtime.
+    exceptions |= {"backends.bnb", "backends.compiled", "backends.lora", "backends.ort_graphs", "backends.ort_tensorrt"}
     # The modules in `parts` define no session and no pass, so every module of the same room may import them.
-    parts = {f"toolchain.backends.{name}" for name in ("reduced", "torchao")}
+    parts = {f"toolchain.backends.{name}" for name in ("reduced", "torchao", "graph_lengths")}
     parts |= {f"toolchain.passes.{name}" for name in ("graph", "int8", "attention")}
     for module, path in paths_by_module().items():
         if not module.startswith(f"toolchain.{room_name}.") or module.removeprefix("toolchain.") in exceptions:

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pynvml
 import pytest
 import torch
+from session_on_host import REAL_SESSION, pretend_cuda
 
 from toolchain.backends import Backend, Place, open_session
 from toolchain.backends.ort import OrtSession
@@ -37,70 +38,10 @@ T4 = {"name": "Tesla T4", "memory_bytes": 16 << 30, "compute_capability": "7.5"}
 FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}
 
 
-class SessionOnHost:
-    """A real CPU session that reports CUDA as its provider and keeps GPU tensors in the memory of the host."""
-
-    # The fixture `cuda` sets the following class attributes for each test.
-    cpu_operators: tuple
-    devices: list
-    options: list
-
-    def __init__(self, path, options, providers):
-        self._real = REAL_SESSION(path, options, providers=["CPUExecutionProvider"])
-        self.options.append(providers)
-
-    def get_providers(self):
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-    def get_provider_graph_assignment_info(self):
-        def assignment(provider, kinds):
-            return SimpleNamespace(ep_name=provider, get_nodes=lambda: [SimpleNamespace(op_type=k) for k in kinds])
-
-        operators = [node.op_type for p in self._real.get_provider_graph_assignment_info() for node in p.get_nodes()]
-        return [
-            assignment("CUDAExecutionProvider", operators),
-            assignment("CPUExecutionProvider", [*self.cpu_operators, "Shape", "Slice"]),
-        ]
-
-    def io_binding(self):
-        binding, devices = self._real.io_binding(), self.devices
-
-        def bind_output(name, kind, device_id):
-            devices.append((kind, device_id))
-            binding.bind_output(name, "cpu")
-
-        return SimpleNamespace(
-            bind_ortvalue_input=binding.bind_ortvalue_input,
-            bind_output=bind_output,
-            copy_outputs_to_cpu=binding.copy_outputs_to_cpu,
-            synchronize_outputs=binding.synchronize_outputs,
-            real=binding,
-        )
-
-    def run_with_iobinding(self, binding):
-        self._real.run_with_iobinding(binding.real)
-
-    def get_outputs(self):
-        return self._real.get_outputs()
-
-
-REAL_SESSION, REAL_VALUE = ort.InferenceSession, ort.OrtValue
-
-
 @pytest.fixture
 def cuda(monkeypatch):
     """Makes ONNX Runtime report a GPU, although every session runs on the CPU."""
-    fake = type("OnTheHost", (SessionOnHost,), {"cpu_operators": (), "devices": [], "options": []})
-
-    def from_numpy(array, kind, device_id):
-        fake.devices.append((kind, device_id))
-        return REAL_VALUE.ortvalue_from_numpy(array, "cpu", 0)
-
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setattr(ort, "InferenceSession", fake)
-    monkeypatch.setattr(ort, "OrtValue", SimpleNamespace(ortvalue_from_numpy=from_numpy))
-    monkeypatch.setattr(ort, "preload_dlls", lambda: fake.options.append("preloaded"), raising=False)
-    return fake
+    return pretend_cuda(monkeypatch)
 
 
 def test_an_onnx_session_binds_tensors_to_its_gpu_and_gives_the_cpu_logits(built_tiny, cuda, monkeypatch):
@@ -159,7 +100,7 @@ def test_a_memory_error_of_onnx_runtime_gives_the_requested_size(built_tiny, cud
 
     session = OrtSession(built_tiny.path("onnx-fp32"), Place("cuda", 1))
 
-    def raise_memory_error(binding):
+    def raise_memory_error(binding, options):
         raise RuntimeException(message)
 
     session._session.run_with_iobinding = raise_memory_error

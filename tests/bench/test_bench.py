@@ -445,10 +445,26 @@ def test_planned_returns_the_default_cells_and_checks_the_provider():
         ("onnx-int8", "cpu"),
         *((f"onnx-pruned{ratio}-int8", "cpu") for ratio in (30, 40, 50)),
         *((name, "cuda") for name in ("torch-fp32", "torch-fp16", "bnb-int8", "bnb-nf4", "onnx-fp32", "onnx-fp16")),
+        ("torch-compile-fp16", "cuda-graphs"),
+        ("onnx-fp16", "cuda-graphs"),
+        ("onnx-std", "tensorrt"),
     ]
     assert bench_run.planned_pairs(("onnx-fp32",), ("cuda",)) == [("onnx-fp32", "cuda")]
     with pytest.raises(BenchError, match=r"onnx-int8 does not run on cuda. onnx-int8 runs on cpu"):
         bench_run.planned_pairs(("onnx-int8",), ("cuda",))
+
+
+def test_the_provider_cuda_includes_the_cell_with_cuda_graphs():
+    assert bench_run.planned_pairs(("onnx-fp16",), ("cuda",)) == [("onnx-fp16", "cuda"), ("onnx-fp16", "cuda-graphs")]
+    assert bench_run.planned_pairs(("onnx-fp16",), ("cuda-graphs",)) == [("onnx-fp16", "cuda-graphs")]
+    with pytest.raises(BenchError, match=r"onnx-fp32 does not run on cuda-graphs. onnx-fp32 runs on cpu and cuda"):
+        bench_run.planned_pairs(("onnx-fp32",), ("cuda-graphs",))
+
+
+def test_a_run_prepares_tensorrt_for_its_largest_batch():
+    assert bench_run.planned_pairs(("onnx-std",), ("tensorrt",)) == [("onnx-std", "tensorrt")]
+    assert bench_run.planned_pairs((), ("tensorrt",)) == [("onnx-std", "tensorrt")]
+    assert replace(scenarios.QUICK, batch_size=8).place("tensorrt").batch_size == 8
 
 
 def test_every_runtime_in_the_variant_table_has_a_backend():

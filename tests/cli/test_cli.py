@@ -241,7 +241,8 @@ def test_bench_on_cuda_without_a_device_writes_rows_with_reason_and_hint(
     code, out, err = say("bench", "--provider", "cuda", "--quick", "--model", tiny_checkpoint)
     assert code == 1
     assert "No cell was measured: No NVIDIA GPU" in err
-    assert ", ".join(f"{name}@cuda" for name in DEFAULT_CELLS["cuda"]) + " unavailable" in out
+    cells = [f"{name}@{provider}" for provider in ("cuda", "cuda-graphs") for name in DEFAULT_CELLS[provider]]
+    assert ", ".join(cells) + " unavailable" in out
     assert "toolchain doctor" in out
     file = next((working_folder / "benchmarks/results/local").glob("tiny-*.json"))
     # the command saves the result file before it fails

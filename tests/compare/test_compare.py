@@ -12,8 +12,9 @@ from sample_results import FP32, INT8, NO_GPU, RUN, measured_row, result, row_of
 from toolchain.compare.report.columns import columns
 from toolchain.compare.report.latex import to_latex
 from toolchain.compare.report.markdown import to_markdown
+from toolchain.compare.report.notes import notes
 from toolchain.compare.report.table import print_table
-from toolchain.compare.rows import compare
+from toolchain.compare.rows import arrange, compare
 from toolchain.errors import ResultFileError
 from toolchain.results.result_file import ResultFile
 from toolchain.results.scores import Accuracy
@@ -74,6 +75,28 @@ def test_a_gpu_row_is_compared_with_the_cpu_baseline_or_else_with_a_gpu_baseline
     gpu, base = measured_row("onnx-fp32", 1, "cuda"), measured_row("torch-fp32", 4, "cuda")
     assert row_of_cell(compare([result(FP32, base, gpu)]), "onnx-fp32@cuda").baseline is FP32
     assert row_of_cell(compare([result(base, gpu)]), "onnx-fp32@cuda").baseline is base
+
+
+def test_a_row_with_cuda_graphs_is_compared_with_rows_on_cuda():
+    base, half = measured_row("torch-fp32", 4, "cuda"), measured_row("onnx-fp16", 2, "cuda")
+    with_graphs = measured_row("onnx-fp16", 1, "cuda-graphs")
+    run = result(base, half, with_graphs)
+    cell = "onnx-fp16@cuda-graphs"
+    assert row_of_cell(compare([run]), cell).baseline is base
+    assert row_of_cell(compare([run], "torch-fp32"), cell).baseline is base
+    assert row_of_cell(compare([run], "onnx-fp16@cuda"), cell).baseline is half
+    assert [line for line in notes(compare([run])) if line.startswith("cuda-graphs: one text at a time")]
+    assert not [line for line in notes(compare([result(base, half)])) if line.startswith("cuda-graphs")]
+    assert len(arrange(compare([run]), None, (), "cuda")) == 3
+    assert [row.measurement.cell for row in arrange(compare([run]), None, (), "cuda-graphs")] == [cell]
+
+
+def test_a_row_on_tensorrt_is_compared_with_rows_on_cuda_and_states_its_precision():
+    base, engine = measured_row("torch-fp32", 4, "cuda"), measured_row("onnx-std", 1, "tensorrt")
+    rows = compare([result(base, engine)])
+    assert row_of_cell(rows, "onnx-std@tensorrt").baseline is base
+    assert [line for line in notes(rows) if line.startswith("tensorrt: computes in half precision")]
+    assert not [line for line in notes(compare([result(base)])) if line.startswith("tensorrt")]
 
 
 def test_a_comparison_keeps_the_newest_row_of_each_artifact():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from conftest import ROOT
-from sample_results import FP32, INT8, NO_GPU, result
+from sample_results import FP32, INT8, NO_GPU, measured_row, result
 
 from toolchain.errors import BenchError
 from toolchain.results.folder import ResultsFolder, read_old_run, require_measured
@@ -56,6 +56,13 @@ def test_measurements_of_an_artifact_start_with_the_newest(tmp_path):
     measurements = folder.measurements_of([row.artifact_id, "nothing"], pytest.fail)
     assert measurements.keys() == {row.artifact_id}
     assert measurements[row.artifact_id][0].created.startswith("2026-01-02")
+
+
+def test_rows_with_cuda_graphs_or_tensorrt_are_no_measurements_for_a_bundle(tmp_path):
+    rows = [measured_row("onnx-fp16", 2, provider) for provider in ("cuda", "cuda-graphs", "tensorrt")]
+    result(*rows).write(tmp_path / "a.json")
+    measurements = ResultsFolder(tmp_path).measurements_of([rows[0].artifact_id], pytest.fail)
+    assert [row.cell for _, row in measurements.values()] == ["onnx-fp16@cuda"]
 
 
 def test_an_old_run_is_not_compared_with_itself(tmp_path):

@@ -14,7 +14,6 @@ from toolchain.artifacts.names import VariantName
 from toolchain.errors import ArtifactError, SettingsError
 from toolchain.system.decoding import convert, strict
 
-PROVIDERS = ("cpu", "cuda")
 # Maps each backend to its quantisation schemes, default first, and each scheme to its tag in the variant's name.
 # For ONNX Runtime, `Optimize` and not `Quantize` builds fp16 variants, because an fp16 graph needs the fused operators
 # of CUDA.

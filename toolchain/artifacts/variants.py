@@ -14,7 +14,6 @@ from typing import Any
 from toolchain.artifacts.names import COMPILED, METHODS, Parts, VariantName, label_prefixes
 from toolchain.artifacts.steps import (
     HALF_PASSES,
-    PROVIDERS,
     QUANTIZED,
     Compile,
     Exits,
@@ -28,6 +27,7 @@ from toolchain.artifacts.steps import (
     step_name,
 )
 from toolchain.errors import UnknownVariantError
+from toolchain.results.providers import CUDA_GRAPHS, TENSORRT
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
         *(name.with_parts(runtime="onnx", scheme="int8") for name in _PRUNED_NAMES),
     ),
     "cuda": ("torch-fp32", "torch-fp16", "bnb-int8", "bnb-nf4", "onnx-fp32", "onnx-fp16"),
+    CUDA_GRAPHS: ("torch-compile-fp16", "onnx-fp16"),
+    TENSORRT: ("onnx-std",),
 }
 
 
@@ -101,7 +103,7 @@ class _Kind:
     optional: frozenset[str]
     parent: Mapping[str, Any] | None
     step: Callable[[Parts], Step]
-    providers: tuple[str, ...] = PROVIDERS
+    providers: tuple[str, ...] = ("cpu", "cuda")
 
     def describes(self, parts: Parts) -> bool:
         """Returns whether a variant with these `parts` in its name is of this kind."""
@@ -137,7 +139,15 @@ _KINDS = (
         {"scheme": "fp32"},
         lambda parts: Quantize("torch", parts.scheme),
     ),
-    _Kind(COMPILED, ("fp32", "bf16", "fp16"), _NO_TAGS, _PRUNING_TAGS, {"runtime": "torch"}, lambda _: Compile()),
+    _Kind(
+        COMPILED,
+        ("fp32", "bf16", "fp16"),
+        _NO_TAGS,
+        _PRUNING_TAGS,
+        {"runtime": "torch"},
+        lambda _: Compile(),
+        ("cpu", "cuda", CUDA_GRAPHS),
+    ),
     _Kind(
         "bnb",
         tuple(QUANTIZED["bnb"]),
@@ -156,7 +166,13 @@ _KINDS = (
         ("cpu",),
     ),
     _Kind(
-        "onnx", _FP32_SCHEMES, frozenset({"std"}), _PRUNING_TAGS, {"runtime": "torch", "std": False}, lambda _: Export()
+        "onnx",
+        _FP32_SCHEMES,
+        frozenset({"std"}),
+        _PRUNING_TAGS,
+        {"runtime": "torch", "std": False},
+        lambda _: Export(),
+        ("cpu", "cuda", TENSORRT),
     ),
     _Kind("onnx", _FP32_SCHEMES, _NO_TAGS, _PRUNING_TAGS, {"std": True}, lambda _: Optimize.for_provider("cpu")),
     _Kind(
@@ -166,7 +182,7 @@ _KINDS = (
         _PRUNING_TAGS,
         {"std": True, "scheme": "fp32"},
         lambda _: Optimize.for_provider("cuda"),
-        ("cuda",),
+        ("cuda", CUDA_GRAPHS),
     ),
     _Kind(
         "onnx",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from toolchain.errors import ProviderError
+from toolchain.results.providers import CUDA_GRAPHS, TENSORRT
 from toolchain.results.session_settings import DEFAULT, SessionSettings
 from toolchain.system.files import temporary_folder
 
@@ -21,20 +23,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backend:
-    """The session class of a runtime.
+    """The session classes of a runtime.
 
     Attributes:
-        session: Path of the class as ``module:class``.
+        session: Path of the class for ``cpu`` and ``cuda`` as ``module:class``.
         imports: Modules that a benchmark imports before it opens the session, to measure the memory of the modules and
             of the session separately.
         python: Path of the interpreter that runs the session in a benchmark; None for the interpreter of the toolchain.
             A runtime whose packages do not fit those of the toolchain can have an environment of its own, which must
             also be able to import the toolchain.
+        further_sessions: Paths of the classes for further execution providers, by provider.
     """
 
     session: str
     imports: tuple[str, ...]
     python: str | None = None
+    further_sessions: Mapping[str, str] = field(default_factory=dict)
+
+    def session_on(self, provider: str) -> str:
+        """Returns the path of the session class for an execution provider.
+
+        Raises:
+            ProviderError: The runtime does not run on the provider.
+        """
+        if provider in ("cpu", "cuda"):
+            return self.session
+        if provider not in self.further_sessions:
+            raise ProviderError(
+                f"This runtime does not run on {provider}.", "Use the provider cuda, or another variant."
+            )
+        return self.further_sessions[provider]
 
 
 _TORCH = ("torch", "transformers.models.auto.modeling_auto")
@@ -42,12 +60,23 @@ _TORCH = ("torch", "transformers.models.auto.modeling_auto")
 # is a string, so that its module is imported only when needed.
 BACKENDS = {
     "torch": Backend("toolchain.backends.pytorch:TorchSession", _TORCH),
-    "torch-compile": Backend("toolchain.backends.compiled:CompiledSession", (*_TORCH, "torch._dynamo")),
+    "torch-compile": Backend(
+        "toolchain.backends.compiled:CompiledSession",
+        (*_TORCH, "torch._dynamo"),
+        further_sessions={CUDA_GRAPHS: "toolchain.backends.compiled:CompiledGraphSession"},
+    ),
     "bnb": Backend(
         "toolchain.backends.bnb:BnbSession", ("torch", "transformers.models.auto.modeling_auto", "bitsandbytes")
     ),
     "torchao": Backend("toolchain.backends.compiled:TorchaoSession", (*_TORCH, "torch._dynamo", "torchao")),
-    "onnx": Backend("toolchain.backends.ort:OrtSession", ("onnxruntime",)),
+    "onnx": Backend(
+        "toolchain.backends.ort:OrtSession",
+        ("onnxruntime",),
+        further_sessions={
+            CUDA_GRAPHS: "toolchain.backends.ort_graphs:OrtGraphSession",
+            TENSORRT: "toolchain.backends.ort_tensorrt:TensorrtSession",
+        },
+    ),
 }
 
 
@@ -56,7 +85,7 @@ class Place:
     """The execution provider and the options of a session.
 
     Attributes:
-        provider: ``cpu`` or ``cuda``.
+        provider: ``cpu``, ``cuda``, ``cuda-graphs`` for CUDA with CUDA graphs, or ``tensorrt``.
         threads: Number of CPU threads.
         device_id: Number of the GPU in the order of `nvidia-smi`.
         allow_fallback: Whether operators without a kernel on the provider may run on the CPU; the session's facts then
@@ -64,6 +93,7 @@ class Place:
         exact: If true, 8-bit products are exact on every processor. If false, 8-bit products may saturate on x86
             processors without VNNI.
         settings: Settings of a session of ONNX Runtime; other runtimes ignore them.
+        batch_size: Maximum number of texts in a batch; only a session on TensorRT needs this number.
     """
 
     provider: str = "cpu"
@@ -72,6 +102,7 @@ class Place:
     allow_fallback: bool = False
     exact: bool = True
     settings: SessionSettings = DEFAULT
+    batch_size: int = 1
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Place:
@@ -134,7 +165,7 @@ def open_session(folder: Path, runtime: str, place: Place) -> Session:
         ProviderError: The provider is unavailable.
         DeviceMemoryError: The device has too little memory.
     """
-    return session_class(BACKENDS[runtime].session)(folder, place)
+    return session_class(BACKENDS[runtime].session_on(place.provider))(folder, place)
 
 
 @contextmanager

@@ -11,8 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from toolchain.backends.graph_lengths import (
+    example_text,
+    find_length,
+    graph_lengths,
+    pad_text,
+    read_manifest,
+    remove_padding,
+)
 from toolchain.backends.pytorch import TorchSession
-from toolchain.errors import ProviderError, first_line
+from toolchain.errors import ArtifactError, ProviderError, first_line
 from toolchain.system import hardware
 
 if TYPE_CHECKING:
@@ -30,6 +38,8 @@ COMPILER = "clang++" if sys.platform == "darwin" else "g++"
 # only the older names.
 STRICT = ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit")
 LIMIT_ERRORS = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")
+# Calls after which PyTorch replays a graph: the first call only warms up, and the second call records the graph.
+RECORDING_RUNS = 3
 
 
 class CompiledSession(TorchSession):
@@ -61,8 +71,11 @@ class CompiledSession(TorchSession):
         for setting in STRICT:
             if hasattr(torch._dynamo.config, setting):
                 setattr(torch._dynamo.config, setting, True)
-        model = super()._load(folder)
-        return cast("PreTrainedModel", torch.compile(model, dynamic=True, options=dict(self.options) or None))
+        return self._compile(super()._load(folder))
+
+    def _compile(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Returns the model that compiles itself in its first call."""
+        return compile_model(model, self.options)
 
     def _call(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with _translate_compiler_error():
@@ -86,6 +99,73 @@ class CompiledSession(TorchSession):
 
         super().close()
         torch._dynamo.reset()
+
+
+class CompiledGraphSession(CompiledSession):
+    """A `Session` that runs on PyTorch's compiler and replays CUDA graphs, as its mode ``reduce-overhead`` does.
+
+    The session compiles the model and records all graphs when it loads the model, so loading takes up to a minute. A
+    batch of several texts has no graph, and its code is compiled in the first such batch.
+
+    Raises:
+        ProviderError: PyTorch finds no GPU, cannot compile the model, or cannot record the graphs.
+        ArtifactError: The folder has no readable manifest.
+    """
+
+    def __init__(self, folder: Path, place: Place) -> None:
+        super().__init__(folder, place)
+        manifest = read_manifest(folder)
+        self._lengths = graph_lengths(manifest.max_length)
+        names = [spec.name for spec in manifest.inputs]
+        for length in reversed(self._lengths):
+            self._record(example_text(names, length))
+
+    def _record(self, text: dict[str, np.ndarray]) -> None:
+        """Records the graph of one length.
+
+        If PyTorch cannot record a part of the model, PyTorch runs this part without a graph, logs one line, and counts
+        the part.
+        """
+        from torch._dynamo.utils import counters
+
+        hint = "Use the variant without CUDA graphs, with --provider cuda."
+        skips_before = counters["inductor"]["cudagraph_skips"]
+        try:
+            for _ in range(RECORDING_RUNS):
+                self.run(text)
+        except ArtifactError as error:
+            raise ProviderError(f"PyTorch cannot record CUDA graphs of this model: {error.cause}", hint) from error
+        if counters["inductor"]["cudagraph_skips"] > skips_before:
+            raise ProviderError("PyTorch records no CUDA graphs of a part of this model.", hint)
+
+    def _compile(self, model: PreTrainedModel) -> PreTrainedModel:
+        self._graph_model = compile_model(model, {**self.options, "triton.cudagraphs": True})
+        return super()._compile(model)
+
+    def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """See `Session.run`."""
+        return remove_padding(super().run(batch), batch["input_ids"].shape[1])
+
+    def _to_device(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        length = find_length(batch, self._lengths)
+        return super()._to_device(batch if length is None else pad_text(batch, length))
+
+    def _call(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows, tokens = inputs["input_ids"].shape
+        if rows > 1 or tokens not in self._lengths:
+            return super()._call(inputs)
+        with _translate_compiler_error():
+            logits: torch.Tensor = self._graph_model(**inputs).logits
+        return logits
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the facts of `TorchSession`, the settings of the compiler, and the lengths with a graph."""
+        return {**super().facts(), "compiled": "dynamic shapes, CUDA graphs", "graph_lengths": list(self._lengths)}
+
+    def close(self) -> None:
+        """See `CompiledSession.close`."""
+        del self._graph_model
+        super().close()
 
 
 class TorchaoSession(CompiledSession):
@@ -116,6 +196,13 @@ class TorchaoSession(CompiledSession):
     def facts(self) -> dict[str, Any]:
         """Returns the facts of `TorchSession`, and the settings of the compiler."""
         return {**super().facts(), "compiled": "dynamic shapes, frozen weights"}
+
+
+def compile_model(model: PreTrainedModel, options: Mapping[str, bool]) -> PreTrainedModel:
+    """Returns the model that compiles itself for dynamic shapes in its first call, with settings of the compiler."""
+    import torch
+
+    return cast("PreTrainedModel", torch.compile(model, dynamic=True, options=dict(options) or None))
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import DeviceMemoryError, GraphError, ProviderError
+from toolchain.errors import DeviceMemoryError, GraphError, ProviderError, ToolchainError
+from toolchain.results.providers import CUDA_GRAPHS, TENSORRT
 from toolchain.results.session_settings import DEFAULT, SessionSettings
 from toolchain.system.extras import install_hint
 
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 
     from toolchain.backends import Place
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    CUDA_GRAPHS: "CUDAExecutionProvider",
+    TENSORRT: "TensorrtExecutionProvider",
+}
 # Hides ONNX Runtime's log: an error is also an exception, and this module checks the causes of warnings itself.
 _FATAL_ONLY = 4
 # An x86 processor without VNNI adds two U8 × S8 products in 16 bits, and this sum can saturate. `EXACT_PRODUCTS` is the
@@ -153,6 +159,12 @@ def exact_model(path: Path, *, exact: bool) -> str | bytes:
 class OrtSession:
     """A `Session` that runs on ONNX Runtime."""
 
+    _run_options: Any = None  # options of a run; None for the default options
+    _start_hint = (
+        "Install the CUDA and cuDNN versions that ONNX Runtime was built for (`toolchain doctor` names them), or leave "
+        "out --provider cuda."
+    )
+
     def __init__(self, folder: Path, place: Place) -> None:
         import onnxruntime as ort
         from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -169,30 +181,33 @@ class OrtSession:
         # With the option `record_ep_graph_assignment_info`, ONNX Runtime records each node's provider while it creates
         # the session. `record_ep_graph_assignment_info` does not slow later calls of the session.
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        device: dict[str, str] = {}
-        if place.provider == "cuda":
-            device = {"device_id": str(place.device_id)}
-            if hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()  # pip installs CUDA and cuDNN in folders that the system's loader does not search.
+        if place.provider != "cpu" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # pip installs CUDA and cuDNN in folders that the system's loader does not search.
         # A model file in a bundle may have another name than model.onnx, and phones use files in .ort format.
         path = folder if folder.suffix in (".onnx", ".ort") else folder / "model.onnx"
         try:
             self._session = ort.InferenceSession(
-                exact_model(path, exact=place.exact), options, providers=[(provider, device)]
+                exact_model(path, exact=place.exact), options, providers=[(provider, self._provider_options())]
             )
         except state.NotImplemented as error:
             raise GraphError(
                 f"ONNX Runtime has no kernel for an operator of {path}: {describe(error)}.", "Build the variant again."
             ) from error
         except failures() as error:
-            _check_memory(error)
-            raise GraphError(
-                f"ONNX Runtime cannot load {path}: {describe(error)}.", "Build the variant again."
-            ) from error
+            check_memory(error)
+            raise self._load_error(path, describe(error)) from error
         self._output = self._session.get_outputs()[0].name
         self._check_provider(provider)
         # If a fallback is allowed, all nodes may run on the CPU; then inputs and outputs must stay in host memory.
         self._on_host = self._session.get_providers()[0] == PROVIDERS["cpu"]
+
+    def _provider_options(self) -> dict[str, str]:
+        """Returns the options of the execution provider."""
+        return {} if self._place.provider == "cpu" else {"device_id": str(self._place.device_id)}
+
+    def _load_error(self, path: Path, cause: str) -> ToolchainError:
+        """Returns the error for a model that ONNX Runtime cannot load."""
+        return GraphError(f"ONNX Runtime cannot load {path}: {cause}.", "Build the variant again.")
 
     def _check_provider(self, provider: str) -> None:
         """Raises `ProviderError` if the session, or a node outside `SHAPE_OPERATORS`, does not run on `provider`.
@@ -205,16 +220,14 @@ class OrtSession:
         providers = self._session.get_providers()
         if providers[0] != provider:
             raise ProviderError(
-                f"ONNX Runtime could not start {provider} and uses {', '.join(providers)} instead.",
-                "Install the CUDA and cuDNN versions that ONNX Runtime was built for (`toolchain doctor` names them), "
-                "or leave out --provider cuda.",
+                f"ONNX Runtime could not start {provider} and uses {', '.join(providers)} instead.", self._start_hint
             )
         if misplaced := self._misplaced_nodes(provider):
             operators = ", ".join(f"{count} {kind}" for kind, count in sorted(misplaced.items()))
             raise ProviderError(
                 f"{provider} has no kernel for {operators}, so ONNX Runtime would run these operators on the CPU and "
                 "copy their data between CPU and GPU.",
-                "Measure onnx-fp16 on the GPU, or allow operators on the CPU with --allow-fallback.",
+                "Measure onnx-fp16 on the GPU, or allow operators on the CPU with --provider cuda --allow-fallback.",
             )
 
     def _count_nodes(self) -> dict[str, Counter[str]]:
@@ -232,27 +245,27 @@ class OrtSession:
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """See `Session.run`; on a GPU, I/O binding copies each input and the logits only once."""
-        with _translate_errors(batch):
+        with translate_errors(batch):
             if self._on_host:
                 logits: np.ndarray = self._session.run(None, batch)[0]
             else:
                 binding = self._bind(batch)
-                self._session.run_with_iobinding(binding)
+                self._session.run_with_iobinding(binding, self._run_options)
                 logits = binding.copy_outputs_to_cpu()[0]
         return logits
 
     def outputs(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns every output of the graph for one batch, by output name; the batch is as in `Session.run`."""
         names = [output.name for output in self._session.get_outputs()]
-        with _translate_errors(batch):
-            return dict(zip(names, self._session.run(names, batch), strict=True))
+        with translate_errors(batch):
+            return dict(zip(names, self._session.run(names, batch, self._run_options), strict=True))
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
         """See `Session.resident`."""
         binding = self._bind(batch)
 
         def run_model() -> None:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._run_options)
             binding.synchronize_outputs()
 
         return run_model
@@ -261,7 +274,7 @@ class OrtSession:
         """Returns an I/O binding that holds the batch on the session's device and leaves the logits there."""
         import onnxruntime as ort
 
-        device = ("cpu", 0) if self._on_host else (self._place.provider, self._place.device_id)
+        device = ("cpu", 0) if self._on_host else ("cuda", self._place.device_id)
         binding = self._session.io_binding()
         for name, array in batch.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, *device))
@@ -292,12 +305,12 @@ class OrtSession:
 
 
 @contextmanager
-def _translate_errors(batch: dict[str, np.ndarray]) -> Iterator[None]:
+def translate_errors(batch: dict[str, np.ndarray]) -> Iterator[None]:
     """Converts the errors of ONNX Runtime for a batch to `GraphError` or `DeviceMemoryError`."""
     try:
         yield
     except failures() as error:
-        _check_memory(error)
+        check_memory(error)
         shape = " × ".join(map(str, batch["input_ids"].shape))
         raise GraphError(
             f"The graph fails on a batch of {shape} tokens: {describe(error)}.", "Build the variant again."
@@ -341,10 +354,11 @@ def failures() -> tuple[type[Exception], ...]:
         state.InvalidArgument,
         state.RuntimeException,
         state.NotImplemented,
+        state.EPFail,
     )
 
 
-def _check_memory(error: Exception) -> None:
+def check_memory(error: Exception) -> None:
     """Raises `DeviceMemoryError` if the device ran out of memory."""
     match = _MEMORY_SIZE.search(str(error))
     if match or "out of memory" in str(error):

@@ -13,7 +13,6 @@ from typing import Any, cast
 import toolchain
 from toolchain.artifacts import store, variants
 from toolchain.artifacts.manifest import Manifest
-from toolchain.artifacts.steps import PROVIDERS
 from toolchain.artifacts.store import Artifact
 from toolchain.bench import floors, journal, roofline, scenarios
 from toolchain.bench.cells import Cell
@@ -31,6 +30,7 @@ from toolchain.progress import Bar, Say
 from toolchain.results.facts import CellFacts, RunSettings, Size
 from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
 from toolchain.results.measurements import Measurement
+from toolchain.results.providers import PROVIDERS, includes, is_on_gpu
 from toolchain.results.result_file import ResultFile
 from toolchain.results.saving import Saver
 from toolchain.system import hardware
@@ -42,7 +42,7 @@ class Request:
 
     Attributes:
         names: Names of the variants to measure; empty for the default cells.
-        providers: Execution providers; empty allows all.
+        providers: Execution providers, as `planned_pairs` takes them; empty allows all.
         protocol: The settings of the benchmark.
         data: A file or a hub data set; None for the embedded SST-2.
         columns: Columns of the file or data set.
@@ -79,7 +79,8 @@ def planned_pairs(
 
     Args:
         names: Names of the variants to measure; empty for the default cells of the providers.
-        providers: Execution providers; empty allows all.
+        providers: Execution providers; empty allows all. ``cuda`` also allows ``cuda-graphs``, so that the cells with
+            and without CUDA graphs stand side by side.
         allow_fallback: Whether the CPU may run ONNX operators for which the execution provider has no kernel. The
             permission applies only to the ONNX variants in `names`.
 
@@ -87,7 +88,9 @@ def planned_pairs(
         BenchError: A named variant runs on none of the requested providers.
         UnknownVariantError: `names` contains a name that no variant has.
     """
-    allowed_providers = tuple(provider for provider in PROVIDERS if provider in (providers or PROVIDERS))
+    allowed_providers = tuple(
+        provider for provider in PROVIDERS if any(includes(chosen, provider) for chosen in providers or PROVIDERS)
+    )
     if not names:
         return [(name, provider) for provider in allowed_providers for name in variants.DEFAULT_CELLS[provider]]
     pairs = []
@@ -96,7 +99,7 @@ def planned_pairs(
         if allow_fallback and variant.runtime == "onnx":
             usable |= set(providers)
         if not usable & set(allowed_providers):
-            supported, requested = " and ".join(variant.providers), ", ".join(allowed_providers)
+            supported, requested = " and ".join(variant.providers), ", ".join(providers or PROVIDERS)
             fallback = (
                 " With --allow-fallback, the CPU runs the operators that the provider cannot run."
                 if variant.runtime == "onnx"
@@ -117,7 +120,7 @@ def preview(workspace: Workspace, request: Request) -> list[tuple[str, str, str]
     no_cuda = hardware.missing_cuda(request.protocol.device_id)
     rows = []
     for name, provider in planned_pairs(request.names, request.providers, request.protocol.allow_fallback):
-        if provider == "cuda" and no_cuda:
+        if is_on_gpu(provider) and no_cuda:
             rows.append((name, provider, f"unavailable: {no_cuda[0]}"))
             continue
         builds = [f"{item.variant.name} ({item.reason})" for item in plan(workspace, [name], {}) if item.reason]
@@ -329,7 +332,7 @@ def _make_cell(
     workspace: Workspace, name: str, provider: str, request: Request, no_cuda: tuple[str, str] | None, say: Say
 ) -> Cell:
     cell = Cell(workspace.model, name, variants.get(name).runtime, provider, None)
-    if provider == "cuda" and no_cuda:
+    if is_on_gpu(provider) and no_cuda:
         return replace(cell, status="unavailable", reason=no_cuda[0], hint=no_cuda[1])
     try:
         return replace(cell, artifact=ensure(workspace, [name], {}, skip_fresh_events(say))[name])

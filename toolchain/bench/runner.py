@@ -268,7 +268,8 @@ class _Bench:
         place = self._protocol.place(item.cell.provider)
         text = self._data.texts[self._order[0]]
         encoder = item.cell.encoder or self._encoder
-        return Worker(backend.session, item.artifact.path, place, encoder, text, backend.imports, backend.python)
+        session = backend.session_on(place.provider)
+        return Worker(session, item.artifact.path, place, encoder, text, backend.imports, backend.python)
 
     def _stop_process(self, index: int, item: Running) -> None:
         """Records the memory peaks of the cell's process, if there is one, and ends the process."""

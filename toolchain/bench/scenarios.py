@@ -67,7 +67,7 @@ class Protocol:
 
     def place(self, provider: str) -> Place:
         """Returns the `Place` of a session on the provider."""
-        return Place(provider, self.threads, self.device_id, self.allow_fallback)
+        return Place(provider, self.threads, self.device_id, self.allow_fallback, batch_size=self.batch_size)
 
     def needs_fresh_process(self, turn: int) -> bool:
         """Returns whether every cell gets a new process before round `turn`, counted from 0."""

@@ -20,6 +20,7 @@ from toolchain.data import labels
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.labels import TOKENS, Tokens
 from toolchain.results.measurements import PROBABILITY
+from toolchain.results.providers import is_on_gpu
 from toolchain.results.session_settings import fixed_width
 from toolchain.system.serving import serve
 
@@ -64,7 +65,7 @@ class _Child:
         self._encoder = Encoder.open(Path(tokenizer["folder"]), tokenizer["names"], tokenizer["max_length"])
         memory["imports"] = self._unique_bytes()
         with self._metering():
-            self._gpu = gpu_memory.meter(self._place.device_id) if self._place.provider == "cuda" else None
+            self._gpu = gpu_memory.meter(self._place.device_id) if is_on_gpu(self._place.provider) else None
         started_ns = time.perf_counter_ns()
         self._session = session_type(self._folder, self._place)
         load_us = _elapsed_us(started_ns)

@@ -20,6 +20,7 @@ from toolchain.cli.options import (
     results_option,
 )
 from toolchain.cli.output import echo
+from toolchain.results.providers import PROVIDERS
 
 if TYPE_CHECKING:
     from toolchain.bench.run import Request
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     "--provider",
     "providers",
     multiple=True,
-    type=click.Choice(["cpu", "cuda"]),
-    help="Measure only on this execution provider. Can be repeated.",
+    type=click.Choice(PROVIDERS),
+    help="Measure only on this execution provider; cuda includes cuda-graphs. Can be repeated.",
 )
 @click.option(
     "--variant",

@@ -12,6 +12,7 @@ import click
 from toolchain.cli.completion import complete_variants
 from toolchain.cli.options import json_option, model_options, open_workspace, results_option
 from toolchain.cli.output import echo, echo_json
+from toolchain.results.providers import PROVIDERS
 
 if TYPE_CHECKING:
     from toolchain.compare.limits import Verdict
@@ -87,7 +88,7 @@ def gate_options(command: F) -> F:
     shell_complete=complete_variants,
     help="Compare with this variant or cell.  [default: torch-fp32@cpu]",
 )
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="Show only rows of this execution provider.")
+@click.option("--provider", type=click.Choice(PROVIDERS), help="Show only rows of this execution provider.")
 @click.option(
     "--filter",
     "patterns",

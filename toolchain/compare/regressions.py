@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from toolchain.errors import ResultFileError, VerdictError
 from toolchain.results import statistics
+from toolchain.results.providers import is_on_gpu
 from toolchain.results.scores import Accuracy, EntityScore, RegressionScore, Score
 from toolchain.results.statistics import CONFIDENCE, Ratio
 
@@ -133,7 +134,7 @@ _DIFFERENCES = ("another machine", "other data", "another number of threads", "a
 
 def _comparison_key(row: Row) -> _Key:
     run, measurement = row.run, row.measurement
-    gpu = run.run.get("device_id", 0) if measurement.provider == "cuda" else None
+    gpu = run.run.get("device_id", 0) if is_on_gpu(measurement.provider) else None
     settings = run.run.get("threads"), run.run.get("batch_size"), gpu
     return _Key(measurement.model, measurement.cell, run.machine["id"], run.data["sha256"], *settings)
 

@@ -12,6 +12,7 @@ from toolchain.data.labels import MULTI, REGRESSION, LabelSet, number
 from toolchain.errors import ResultFileError
 from toolchain.results import statistics
 from toolchain.results.measurements import PROBABILITY, Measurement, Samples
+from toolchain.results.providers import CUDA_GRAPHS, TENSORRT, includes
 from toolchain.results.result_file import ResultFile
 from toolchain.results.scores import Accuracy, EntityScore, RegressionScore, count_entities
 from toolchain.results.statistics import Ratio
@@ -388,12 +389,10 @@ def _baseline(measurement: Measurement, run: ResultFile, requested: str | None) 
     """
     if measurement.status not in ("ok", "reported"):
         return None
-    provider = measurement.provider
-    candidates = (
-        [requested, f"{requested}@{provider}", f"{requested}@cpu"]
-        if requested
-        else [f"{BASELINE}@cpu", f"{BASELINE}@{provider}"]
-    )
+    providers = [measurement.provider, "cpu"] if requested else ["cpu", measurement.provider]
+    if measurement.provider in (CUDA_GRAPHS, TENSORRT):
+        providers.append("cuda")  # most variants run on the GPU on ``cuda`` only
+    candidates = [requested or "", *(f"{requested or BASELINE}@{provider}" for provider in providers)]
     rows = {row.cell: row for row in run.rows if row.model == measurement.model and row.status == measurement.status}
     return next((rows[cell] for cell in candidates if cell in rows), None)
 
@@ -447,7 +446,7 @@ def arrange(rows: Sequence[Row], order: str | None, patterns: Sequence[str], pro
         rows: The rows to select from.
         order: Name of the sort order, a key of `ORDERS`; None keeps the order of `rows`.
         patterns: Shell patterns for cells or variants, such as ``onnx-*``; empty matches all rows.
-        provider: Provider of the rows; None matches all providers.
+        provider: Provider of the rows; None matches all providers, and ``cuda`` also matches ``cuda-graphs``.
 
     Raises:
         ResultFileError: No row matches.
@@ -456,7 +455,7 @@ def arrange(rows: Sequence[Row], order: str | None, patterns: Sequence[str], pro
     def matches(row: Row) -> bool:
         names = (row.measurement.cell, row.measurement.variant)
         has_pattern = any(fnmatch.fnmatchcase(name, each) for each in patterns for name in names)
-        return (has_pattern or not patterns) and provider in (None, row.measurement.provider)
+        return (has_pattern or not patterns) and (provider is None or includes(provider, row.measurement.provider))
 
     selected = [row for row in rows if matches(row)]
     if not selected:

@@ -35,6 +35,7 @@ from toolchain.interface.progress import ignore_event, print_event, show_bar
 from toolchain.interface.result import Result
 from toolchain.progress import Bar, Say, no_bar
 from toolchain.results.folder import ResultsFolder, require_measured
+from toolchain.results.providers import PROVIDERS
 from toolchain.results.saving import Saver
 from toolchain.ship import shipping
 from toolchain.ship.targets import TARGETS
@@ -375,7 +376,8 @@ class Model:
         Args:
             variants: The variants to measure; None for the default variants.
             quick: Whether to measure each variant for about 20 seconds instead of 60 seconds.
-            provider: Execution providers, ``cpu`` or ``cuda``; empty for all.
+            provider: Execution providers, ``cpu``, ``cuda``, ``cuda-graphs`` or ``tensorrt``; empty for all. ``cuda``
+                includes ``cuda-graphs``.
             data: Evaluation data; None for the embedded SST-2.
             text_column: Column of texts; None for the column that `open` names.
             text_pair_column: Column of second texts; None for the column that `open` names.
@@ -402,7 +404,7 @@ class Model:
         """
         providers = as_tuple(provider)
         for each in providers:
-            check_choice("provider", each, ("cpu", "cuda"))
+            check_choice("provider", each, PROVIDERS)
         for argument, value, low in (
             ("threads", threads, 1),
             ("batch_size", batch_size, 1),

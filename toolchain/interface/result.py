@@ -13,6 +13,7 @@ from toolchain.compare.rows import Row, arrange
 from toolchain.errors import ResultFileError, SettingsError, ToolchainError
 from toolchain.interface.arguments import as_tuple, check_choice
 from toolchain.interface.calls import calling
+from toolchain.results.providers import PROVIDERS
 from toolchain.results.result_file import ResultFile
 from toolchain.system import files
 from toolchain.system.escaping import to_json
@@ -151,7 +152,8 @@ class Result:
         Args:
             baseline: Variant or cell that the ratios refer to; None for torch-fp32.
             filter: Keep only cells whose name matches one of these patterns, such as ``onnx-*``.
-            provider: Keep only rows of this execution provider, ``cpu`` or ``cuda``.
+            provider: Keep only rows of this execution provider, ``cpu``, ``cuda``, ``cuda-graphs`` or ``tensorrt``;
+                ``cuda`` includes ``cuda-graphs``.
             sort: Sort by accuracy, latency, throughput, memory or size, the best row first.
 
         Raises:
@@ -165,7 +167,7 @@ class Result:
         if sort is not None:
             check_choice("sort", sort, list(drawing_figures.AXES))
         if provider is not None:
-            check_choice("provider", provider, ("cpu", "cuda"))
+            check_choice("provider", provider, PROVIDERS)
         name = baseline.name if isinstance(baseline, Artifact) else baseline
         rows = compare_current(self._runs, name, self._exported)
         return Comparison(arrange(rows, sort, as_tuple(filter), provider))

@@ -114,7 +114,7 @@ class BenchRecord:
     """
 
     variants: tuple[Line, ...]
-    providers: tuple[Literal["cpu", "cuda"], ...] = ()
+    providers: tuple[Literal["cpu", "cuda", "cuda-graphs", "tensorrt"], ...] = ()
     quick: bool = False
     threads: int | None = None
     batch_size: int = 32

@@ -115,6 +115,7 @@ class SessionFacts(TypedDict):
     note: NotRequired[Line]
     fallback: NotRequired[Line]
     option: NotRequired[SessionOption]
+    graph_lengths: NotRequired[list[Count]]
 
 
 @open_record

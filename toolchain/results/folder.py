@@ -10,6 +10,7 @@ from pathlib import Path
 from toolchain.errors import BenchError, ResultFileError
 from toolchain.progress import Say
 from toolchain.results.measurements import Measurement
+from toolchain.results.providers import CUDA_GRAPHS, TENSORRT
 from toolchain.results.result_file import ResultFile
 from toolchain.system import files
 
@@ -75,11 +76,14 @@ class ResultsFolder:
         return max(runs, key=lambda run: run.created)
 
     def measurements_of(self, ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
-        """Returns, for each measured artifact in `ids`, the newest run that measured it and the artifact's row."""
+        """Returns, for each measured artifact in `ids`, the newest run that measured it and the artifact's row.
+
+        Rows on ``cuda-graphs`` and ``tensorrt`` do not count, because a bundle runs on neither.
+        """
         newest: dict[str, tuple[ResultFile, Measurement]] = {}
         for run in sorted((run for _, run in self._read_all(say)), key=lambda run: run.created):
             for row in run.rows:
-                if row.status == "ok" and row.artifact_id in ids:
+                if row.status == "ok" and row.artifact_id in ids and row.provider not in (CUDA_GRAPHS, TENSORRT):
                     newest[str(row.artifact_id)] = run, row
         return newest
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from toolchain.compare.report.figure import Figure, show_figure
 from toolchain.compare.rows import Row
+from toolchain.results.providers import is_on_gpu
 from toolchain.results.scores import SCORES, Accuracy, RegressionScore, Score
 from toolchain.results.statistics import Ratio
 
@@ -244,7 +245,7 @@ def machine_name(row: Row) -> str:
     """Returns the name of the GPU of a row on CUDA, and otherwise the result of `host_name`."""
     machine = row.run.machine
     gpus = [gpu["name"] for gpu in machine["gpu"]]
-    if row.measurement.provider == "cuda" and gpus:
+    if is_on_gpu(row.measurement.provider) and gpus:
         return str(gpus[min(row.run.run.get("device_id", 0), len(gpus) - 1)])
     return host_name(row)
 

@@ -30,6 +30,7 @@ from toolchain.compare.report.point_texts import (
 )
 from toolchain.compare.report.points import Drawing, Mark, Marks
 from toolchain.compare.rows import Row
+from toolchain.results.providers import is_on_gpu
 
 FAINT = 0.4
 DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "alpha": 0.6}
@@ -231,7 +232,7 @@ def latency_by_length(panels: Sequence[Panel]) -> Drawing | None:
             medians = {n: s.milliseconds()["p50"] for n, s in sorted(row.measurement.by_length.items())}
             colour, marker = runtime_style(row)
             with marks.of_row(axes, row):
-                line = LINES[row.measurement.provider == "cuda"]
+                line = LINES[is_on_gpu(row.measurement.provider)]
                 axes.plot(list(medians), list(medians.values()), line, color=colour)
             for tokens_of_point, median in medians.items():
                 text = length_text(tokens_of_point, row.measurement.by_length[tokens_of_point])

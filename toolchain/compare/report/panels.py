@@ -8,6 +8,7 @@ from typing import Any
 
 from toolchain.compare.report.columns import host_name
 from toolchain.compare.rows import Row
+from toolchain.results.providers import is_on_gpu
 
 LONGEST = 40  # maximum number of characters of a name in a plot
 
@@ -44,7 +45,7 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
 def _title(rows: Sequence[Row]) -> str:
     row = rows[0]
     gpus = [gpu["name"] for gpu in row.run.machine["gpu"]]
-    on_gpu = any(row.measurement.provider == "cuda" for row in rows)
+    on_gpu = any(is_on_gpu(row.measurement.provider) for row in rows)
     threads = [f"{row.run.run['threads']} threads"] if "threads" in row.run.run else []
     hardware = ", ".join(filter(None, [host_name(row), *(gpus if on_gpu else []), *threads]))
     return printable(f"{row.measurement.model} on {hardware}; {row.run.data['name']}", 110)
