@@ -66,6 +66,11 @@ if TYPE_CHECKING:
 )
 @click.option("--by-length", is_flag=True, help="Also measure latency at 16, 32, … 512 tokens.")
 @click.option(
+    "--by-batch",
+    is_flag=True,
+    help="Also measure batches of 2, 4, 8, … random sentences, for `toolchain plan --qps`.",
+)
+@click.option(
     "--scenario",
     type=click.Choice(["server"]),
     help="Also measure this scenario. server: sentences arrive at random times, and their waiting counts.",
@@ -103,6 +108,7 @@ def bench(
     split: str | None,
     batch_size: int,
     by_length: bool,
+    by_batch: bool,
     scenario: str | None,
     p99_ms: float | None,
     qps: float | None,
@@ -153,6 +159,7 @@ def bench(
         threads,
         batch_size=batch_size,
         by_length=by_length,
+        by_batch=by_batch,
         server_p99_ms=(p99_ms or DEFAULT_P99_MS) if scenario and not qps else None,
         server_qps=qps,
         device_id=device_id,

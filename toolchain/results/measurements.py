@@ -26,7 +26,7 @@ QUANTILES_OF = {
     "load_ms": "load",
     "server_ms": "server",
 }
-SAMPLES = (*QUANTILES_OF.values(), "batches")
+SAMPLES = (*QUANTILES_OF.values(), "batches", "mixed_batches")
 BATCHED = "_batched"  # ending of the key of a score in batches
 FIGURES = ("throughput_per_s", "memory_bytes", "size_bytes", "facts", "noise")
 PROBABILITY = 10_000  # a result file stores a probability of 1 as this integer
@@ -130,6 +130,8 @@ class Measurement:
         latency: Times of the scenario ``single-stream``: batch 1, each sentence at its own length.
         with_tokenizing: Times of the scenario ``single-stream`` with tokenisation included.
         batches: Times of the scenario ``offline``: the sentences are sorted by length and run in batches.
+        mixed_batches: Times of batches of random sentences with tokenisation included, as a server receives them; the
+            benchmark measures them only with `toolchain.bench.scenarios.Protocol.by_batch`.
         resident: Times at batch 1 on a GPU, without the copies to and from the GPU.
         cold_start: Times from the start of a process to its first result.
         load: Times to load a session from its files.
@@ -167,6 +169,7 @@ class Measurement:
     latency: Samples | None = None
     with_tokenizing: Samples | None = None
     batches: Samples | None = None
+    mixed_batches: Samples | None = None
     resident: Samples | None = None
     cold_start: Samples | None = None
     load: Samples | None = None
