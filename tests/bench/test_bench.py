@@ -256,14 +256,23 @@ def test_the_sizes_of_mixed_batches_double(largest, sizes):
     assert scenarios.batch_sizes(largest) == sizes
 
 
-def test_by_batch_measures_batches_with_tokenising(run, data, tmp_path):
-    rows, run_facts = run(replace(FAST, by_batch=True), good={"us": 300}, other={"clock_us": 300})
+def test_service_times_are_batches_and_single_sentences_after_pauses(run, data, tmp_path):
+    rows, run_facts = run(replace(FAST, service_times=True), good={"us": 300}, other={"clock_us": 300})
     bench_run.make_result(list(rows.values()), run_facts, data, 512).write(tmp_path / "run.json")
-    read = {row.variant: row.mixed_batches for row in ResultFile.read(tmp_path / "run.json").rows}
-    assert read == {name: row.mixed_batches for name, row in rows.items()}
-    for samples in read.values():
-        assert [sorted(row) for row in samples.sentences] == 8 * [sorted([2, 4, 8] * scenarios.MIXED_BATCHES)]
+    read = {row.variant: row for row in ResultFile.read(tmp_path / "run.json").rows}
+    for name, row in rows.items():
+        assert read[name].mixed_batches == row.mixed_batches
+        assert read[name].after_pause == row.after_pause
+    for row in read.values():
+        samples = row.mixed_batches
+        assert [sorted(sizes) for sizes in samples.sentences] == 8 * [sorted([2, 4, 8] * scenarios.MIXED_BATCHES)]
         assert min(us / size for us, size in zip(samples.values(), sum(samples.sentences, ()), strict=True)) > 280
+        assert list(row.after_pause) == list(scenarios.PAUSES_US)
+        for paused in row.after_pause.values():
+            assert [len(times) for times in paused.rounds] == 8 * [scenarios.PAUSED_SENTENCES]
+            assert min(paused.values()) > 280
+    # On the clock of this session, a pause has exactly its planned length.
+    assert all(max(paused.values()) < 320 for paused in read["other"].after_pause.values())
 
 
 @pytest.mark.slow

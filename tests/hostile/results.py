@@ -153,7 +153,7 @@ PROTOCOL = Protocol(
     threads=1,
     batch_size=8,
     by_length=True,
-    by_batch=True,
+    service_times=True,
     server_qps=100.0,
 )
 

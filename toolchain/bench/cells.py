@@ -12,7 +12,7 @@ from toolchain.artifacts.store import Artifact
 from toolchain.bench import server
 from toolchain.bench.noise import Noise
 from toolchain.bench.process import Worker
-from toolchain.bench.scenarios import LENGTHS, MIXED, OFFLINE, SERVER, SINGLE, Protocol, length_kind
+from toolchain.bench.scenarios import LENGTHS, MIXED, OFFLINE, PAUSED, PAUSES_US, SERVER, SINGLE, Protocol, length_kind
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
 from toolchain.data.labels import REGRESSION, Answer
@@ -156,6 +156,10 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
     with_tokenizing = Samples.from_single([_add_tokenizing(reply) for reply in singles])
     offline = Samples.from_rounds([_flatten(r["us"]) for r in batches], _sizes_of(batches))
     mixed = _sort_replies(item, MIXED) if MIXED in item.turns else []
+    after_pause = {
+        pause_us: Samples.from_single([reply["us"][index] for reply in _sort_replies(item, PAUSED)])
+        for index, pause_us in enumerate(PAUSES_US if PAUSED in item.turns else ())
+    }
     resident = Samples.from_single([r["resident_us"] for r in singles]) if singles[0]["resident_us"] else None
     cold_start, load = (
         Samples.from_single([[start[key]] for start in item.starts]) for key in ("cold_start_us", "load_us")
@@ -210,6 +214,7 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
         server_ms=served.samples.milliseconds() if served else {},
         server=served.samples if served else None,
         by_length=by_length,
+        after_pause=after_pause,
         predictions=tuple((single_answers if single_score else batched_answers)[i] for i in range(count)),
         probabilities=tuple(probabilities.get(i) for i in range(count)) if data.label_set.labels_texts else (),
         exits=tuple(item.exits.get(i) if i in single_answers else None for i in range(count)) if item.exits else (),

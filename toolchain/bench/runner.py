@@ -15,7 +15,7 @@ from toolchain.bench.cells import Cell, Running, make_row, make_row_without_figu
 from toolchain.bench.journal import Journal, invalid_journal
 from toolchain.bench.journal_records import TurnReply, fits_plan
 from toolchain.bench.process import Worker
-from toolchain.bench.scenarios import LENGTHS, MIXED, OFFLINE, SERVER, SINGLE, Protocol, Turn
+from toolchain.bench.scenarios import LENGTHS, MIXED, OFFLINE, PAUSED, SERVER, SINGLE, Protocol, Turn
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
 from toolchain.errors import ToolchainError
@@ -114,7 +114,7 @@ class _Bench:
         self._singles = scenarios.choose_sentences(len(self._ids), slowest, self._protocol)
         batches = scenarios.offline_batches(self._token_counts, self._protocol.batch_size)
         self._check_records(batches)
-        kinds = 2 + len(self._lengths) + self._protocol.by_batch
+        kinds = 2 + len(self._lengths) + 2 * self._protocol.service_times
         done, total = 0, self._protocol.rounds * kinds * len(self.running)
         for turn in range(self._protocol.rounds):
             # The seed contains the number of the round, so a resumed run measures the cells in the same order as the
@@ -340,6 +340,8 @@ class _Bench:
             "tokenizing": single or work.kind == MIXED,
             "resident": single and item.cell.provider != "cpu",
         }
+        if work.kind == PAUSED:
+            message = {"do": "pauses", "batches": work.batches, "pauses_us": scenarios.PAUSES_US}
         expected_s = item.sentence_s * sum(map(len, work.batches))
         with item.noise.watch([worker.pid]):
             reply = worker.ask(message, TURN_TIMEOUT_S + 10 * (expected_s + work.min_s))

@@ -17,7 +17,7 @@ OPTIONS = (
     *("model", "exported", "train-data", "text-column", "text-pair-column", "label-column", "split", "results", "data"),
     *("backend", "scheme", "isa", "embeddings", "keep-fp32", "max-drop", "trim-vocab", "name", "no-pass", "layers"),
     *("ratio", "method", "cost", "recover", "exits", "optimize", "opset", "exporter", "revision", "base"),
-    *("quick", "provider", "threads", "batch-size", "by-length", "by-batch", "device-id", "allow-fallback"),
+    *("quick", "provider", "threads", "batch-size", "by-length", "service-times", "device-id", "allow-fallback"),
     *(
         "save-as",
         "force",

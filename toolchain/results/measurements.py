@@ -131,12 +131,15 @@ class Measurement:
         with_tokenizing: Times of the scenario ``single-stream`` with tokenisation included.
         batches: Times of the scenario ``offline``: the sentences are sorted by length and run in batches.
         mixed_batches: Times of batches of random sentences with tokenisation included, as a server receives them; the
-            benchmark measures them only with `toolchain.bench.scenarios.Protocol.by_batch`.
+            benchmark measures them only with `--service-times`.
         resident: Times at batch 1 on a GPU, without the copies to and from the GPU.
         cold_start: Times from the start of a process to its first result.
         load: Times to load a session from its files.
         server: Latencies of the scenario ``server``: queries arrive at random, and waiting counts.
         by_length: Number of tokens → times at batch 1 with a sentence of this length.
+        after_pause: Microseconds of a pause → times at batch 1 after such a pause, with tokenisation included, from the
+            planned end of the pause. All pauses have the same sentences in the same order. The benchmark measures them
+            only with `--service-times`.
         predictions: Answer to each sentence, as in `toolchain.data.labels`.
         probabilities: Probabilities of the labels for each sentence, as integers from 0 to `PROBABILITY`; None for a
             sentence that was not run at batch 1. Empty for regression and token classification.
@@ -175,6 +178,7 @@ class Measurement:
     load: Samples | None = None
     server: Samples | None = None
     by_length: Mapping[int, Samples] = field(default_factory=dict)
+    after_pause: Mapping[int, Samples] = field(default_factory=dict)
     predictions: tuple[Answer, ...] = ()
     probabilities: tuple[tuple[int, ...] | None, ...] = ()
     exits: tuple[int | None, ...] = ()
@@ -206,8 +210,9 @@ class Measurement:
             if score:
                 row[score.key + ending] = score.to_json()
         row["samples"] = {name: _samples_json(s) for name in SAMPLES if (s := getattr(self, name))}
-        if self.by_length:
-            row["by_length"] = {str(tokens): _samples_json(s) for tokens, s in self.by_length.items()}
+        for name in ("by_length", "after_pause"):
+            if tables := getattr(self, name):
+                row[name] = {str(key): _samples_json(samples) for key, samples in tables.items()}
         for name in ("predictions", "probabilities", "exits"):
             if values := getattr(self, name):
                 row[name] = list(values)
