@@ -32,7 +32,8 @@ class Outcome(Generic[PlanT]):
         """Raises `VerdictError` if there is no plan."""
         if not self.plans:
             first, *others = self.refusals
-            counted = f" {len(others)} other cells cannot reach the goal either." if others else ""
+            count = f"{len(others)} other cell{'s' if len(others) > 1 else ''}"
+            counted = f" {count} cannot reach the goal either." if others else ""
             raise VerdictError(first.cause + counted, first.hint)
 
 

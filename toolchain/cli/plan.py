@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolchain.cli.completion import complete_files, complete_measured
+from toolchain.cli.completion import complete_files, complete_variants_in_result
 from toolchain.cli.options import Duration, debug_option, json_option, require_finite
 from toolchain.cli.output import echo, echo_json
 
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     "variants",
     multiple=True,
     metavar="VARIANT",
-    shell_complete=complete_measured,
+    shell_complete=complete_variants_in_result,
     help="Plan only for this variant or cell. Can be repeated.",
 )
 @click.option(
