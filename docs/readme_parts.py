@@ -13,6 +13,9 @@ from types import ModuleType
 
 from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.variants import is_variant
+from toolchain.capacity.outcome import plan_all
+from toolchain.capacity.rows import HOUR_S, RowsGoal, plan_rows
+from toolchain.capacity.text import rows_lines
 from toolchain.cli import cli
 from toolchain.compare.report.columns import EXIT_COLUMNS, Column, columns
 from toolchain.compare.report.markdown import to_markdown
@@ -54,6 +57,7 @@ def parts() -> dict[str, str]:
         "make bench, few rows": _few_rows(BENCH),
         "make bench, gpu": _bench(BENCH_GPU),
         "bench, server": _bench(BENCH_SERVER),
+        "plan, rows": _rows_plan(),
         "exits": _exits(),
         "exits, base": _half_exits(),
         "make help": _targets(),
@@ -94,6 +98,13 @@ def _export_log() -> str:
 
 def _bench(path: Path) -> str:
     return to_markdown(compare([ResultFile.read(path)])).strip()
+
+
+def _rows_plan() -> str:
+    """Returns the output of the command on the page Plan capacity."""
+    result, goal = ResultFile.read(BENCH), RowsGoal(1e9, 6 * HOUR_S, 0.04)
+    outcome = plan_all(result, ("onnx-int8",), lambda row, machines: plan_rows(row, machines, goal))
+    return _text("\n".join(rows_lines(result, goal, outcome)))
 
 
 def _few_rows(path: Path) -> str:

@@ -146,7 +146,15 @@ def report_results(folder: Path, rng: random.Random) -> None:
 
 TEXTS = tuple(f"sentence number {i} {'word ' * (i % 7)}" for i in range(24))
 PROTOCOL = Protocol(
-    passes=1, min_s=0.001, pass_s=40, starts=2, threads=1, batch_size=8, by_length=True, server_qps=100.0
+    passes=1,
+    min_s=0.001,
+    pass_s=40,
+    starts=2,
+    threads=1,
+    batch_size=8,
+    by_length=True,
+    service_times=True,
+    server_qps=100.0,
 )
 
 
