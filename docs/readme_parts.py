@@ -13,7 +13,7 @@ from types import ModuleType
 
 from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.variants import is_variant
-from toolchain.capacity.outcome import plan_all
+from toolchain.capacity.outcome import choose_rows, plan_all
 from toolchain.capacity.rows import HOUR_S, RowsGoal, plan_rows
 from toolchain.capacity.text import rows_lines
 from toolchain.cli import cli
@@ -33,6 +33,7 @@ BENCH_SERVER = BENCH.with_name("reference-epyc-server.json")
 STUDIES = ROOT / "benchmarks" / "studies"
 EXPORT_LOG = ROOT / "benchmarks" / "reports" / "make-export.txt"
 FEW = ("torch-fp32", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-pruned30-int8", "onnx-pruned50-int8")
+WIDTH = 100  # characters in a line of a command's output
 FEW_COLUMNS = ("accuracy", "p50", "throughput", "memory", "size")
 CLAIM_DROP = 1.0  # largest accuracy drop, in points, of the models that the README compares
 MARKED = re.compile(r"(<!-- begin: (.+?) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
@@ -103,8 +104,9 @@ def _bench(path: Path) -> str:
 def _rows_plan() -> str:
     """Returns the output of the command on the page Plan capacity."""
     result, goal = ResultFile.read(BENCH), RowsGoal(1e9, 6 * HOUR_S, 0.04)
-    outcome = plan_all(result, ("onnx-int8",), lambda row, machines: plan_rows(row, machines, goal))
-    return _text("\n".join(rows_lines(result, goal, outcome)))
+    rows = choose_rows(result, ("onnx-int8",))
+    outcome = plan_all(result, rows, lambda row, machines: plan_rows(row, machines, goal))
+    return _text("\n".join(rows_lines(result, goal, outcome, WIDTH)))
 
 
 def _few_rows(path: Path) -> str:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from service_samples import SIZES, measured, measured_result
 
 from toolchain.capacity import replicas as planning
+from toolchain.capacity import text
 from toolchain.capacity.load import Load
 from toolchain.capacity.machines import Machines
-from toolchain.capacity.outcome import plan_all
+from toolchain.capacity.outcome import choose_rows, plan_all
 from toolchain.capacity.queueing import Batching
 from toolchain.capacity.replicas import QueryGoal, ReplicaPlan, plan_replicas, simulate
 from toolchain.capacity.rows import RowsGoal, plan_rows, seconds_per_row
@@ -38,6 +39,7 @@ def short_simulations(monkeypatch):
 # Rows
 
 
+@settings(deadline=None)
 @given(rows=st.floats(1e5, 1e12), hours=st.floats(0.5, 100), factor=st.integers(2, 50), price=st.floats(0, 10))
 def test_a_plan_for_rows_scales_with_the_rows(rows, hours, factor, price):
     row = measured()
@@ -67,7 +69,7 @@ def test_seconds_per_row_are_those_of_batches_and_of_tokenising():
 
 
 def test_a_time_shorter_than_one_row_is_refused():
-    with pytest.raises(VerdictError, match="for one row, which is more than the 0.001 s of --within"):
+    with pytest.raises(VerdictError, match=r"for one row, which is more than the 0.001 s of --within"):
         plan_rows(measured(), MACHINES, RowsGoal(10, 0.001))
 
 
@@ -245,14 +247,13 @@ def test_the_command_plans_rows(say, file):
     assert out.startswith("1,000,000,000 rows within 6 h, measured on c (2 cores):")
     assert out.index("onnx-int8@cpu") < out.index("torch-fp32@cpu")
     assert "Each machine runs one process with 2 cores" in out
-    code, out, _ = say("plan", file, "--rows", "1e9", "--within", "6h", "--price", "0.05", "--format", "json")
+    code, out, _ = say("plan", file, "--rows", "1e9", "--within", "6h", "--price", "0.05", "--json")
     body = json.loads(out)
     assert body["goal"] == {"rows": 1e9, "within_s": 21_600.0, "price": 0.05}
     first = body["plans"][0]
     assert (first["units"], first["machines"]) == (2 * first["processes"], first["processes"])
     assert first["cost"]["value"] == pytest.approx(first["unit_hours"]["value"] * 0.05, rel=1e-5)
     assert first["hours"]["low"] <= first["hours"]["value"] <= first["hours"]["high"] <= 6
-    assert say("plan", file, "--rows", "1e9", "--within", "6h", "--price", "0.05", "--json")[1] == out
 
 
 def test_the_command_plans_queries(say, file, tmp_path):
@@ -260,8 +261,8 @@ def test_the_command_plans_queries(say, file, tmp_path):
     code, out, _ = say("plan", file, *options)
     assert code == 0
     assert "torch-fp32" not in out
-    code, text, _ = say("plan", file, *options, "--json")
-    body = json.loads(text)
+    code, printed, _ = say("plan", file, *options, "--json")
+    body = json.loads(printed)
     (plan,) = body["plans"]
     assert table_cell(out, "onnx-int8@cpu", "replicas") == str(plan["replicas"])
     assert table_cell(out, "onnx-int8@cpu", "with one queue") == str(plan["shared_replicas"])
@@ -269,19 +270,19 @@ def test_the_command_plans_queries(say, file, tmp_path):
     assert plan["cost_per_hour"] == pytest.approx(plan["units"] * 0.1)
     assert plan["seeds"] == list(range(20, 32))
     assert body["goal"]["trace"] is None
-    assert any("random replica, as a Kubernetes Service does" in text for text in body["assumptions"])
-    assert any("of 1, 2, 4, 8 queries" in text for text in body["assumptions"])
+    assert any("random replica, as a Kubernetes Service does" in each for each in body["assumptions"])
+    assert any("of 1, 2, 4, 8 queries" in each for each in body["assumptions"])
     (tmp_path / "trace.csv").write_text("at\n" + "\n".join(str(0.001 * n) for n in range(3000)))
-    code, text, _ = say("plan", file, *options[2:], "--trace", tmp_path / "trace.csv", "--json")
+    code, printed, _ = say("plan", file, *options[2:], "--trace", tmp_path / "trace.csv", "--json")
     assert code == 0
-    assert json.loads(text)["goal"]["qps"] == pytest.approx(1000)
+    assert json.loads(printed)["goal"]["qps"] == pytest.approx(1000)
 
 
 def test_variants_that_cannot_reach_the_goal_are_named(say, file):
     code, out, _ = say("plan", file, "--qps", "5", "--p99-ms", "7")
     assert code == 0
     assert "No number of replicas keeps a p99 of 7 ms for torch-fp32@cpu" in out
-    code, out, err = say("plan", file, "--qps", "5", "--p99-ms", "1", "--format", "json")
+    code, out, err = say("plan", file, "--qps", "5", "--p99-ms", "1", "--json")
     assert code == 3
     assert json.loads(out)["plans"] == []
     assert len(json.loads(out)["refusals"]) == 2
@@ -317,7 +318,6 @@ def test_variants_that_cannot_reach_the_goal_are_named(say, file):
         (["--qps", "-1", "--p99-ms", "5"], "--qps"),
         (["--qps", "5", "--p99-ms", "nan"], "must be a finite number"),
         (["--qps", "5", "--p99-ms", "5", "--price", "-1"], "--price"),
-        (["--qps", "5", "--p99-ms", "5", "--format", "csv"], "--format"),
     ],
 )
 def test_wrong_options_are_usage_errors(say, file, options, message):
@@ -357,14 +357,43 @@ def test_plans_of_failed_rows_are_not_made():
     failed = measured(variant="onnx-fp32", status="failed", reason="It crashed.")
     result = measured_result(measured(), failed)
 
-    def plan(row, machines):
-        return plan_rows(row, machines, RowsGoal(1e6, 3600))
-
-    assert [each.cell for each in plan_all(result, (), plan).plans] == ["onnx-int8@cpu"]
+    assert [row.cell for row in choose_rows(result, ())] == ["onnx-int8@cpu"]
     with pytest.raises(BenchError, match="has no measurement of onnx-fp32"):
-        plan_all(result, ("onnx-fp32",), plan)
+        choose_rows(result, ("onnx-fp32",))
     with pytest.raises(BenchError, match="has no measured row"):
-        plan_all(measured_result(failed), (), plan)
+        choose_rows(measured_result(failed), ())
+
+
+def test_cores_and_gpus_have_tables_of_their_own(say, tmp_path):
+    result = measured_result(measured(8000.0), measured(500.0, provider="cuda"), measured(variant="onnx-fp32"))
+    result.machine["gpu"].append({"name": "A GPU"})
+    result.write(tmp_path / "both.json")
+    options = ("plan", tmp_path / "both.json", "--rows", "1e9", "--within", "6h")
+    code, out, _ = say(*options)
+    assert code == 0
+    places = [
+        out.index(each) for each in ("core hours", "onnx-fp32@cpu", "onnx-int8@cpu", "GPU hours", "onnx-int8@cuda")
+    ]
+    assert places == sorted(places)
+    assert "Each machine runs one process with 2 cores" in out
+    assert "Each machine runs one process with 1 GPU" in out
+    code, out, err = say(*options, "--price", "2")
+    assert (code, out) == (2, "")
+    assert "the result file has rows for both. Choose cells with --variant, such as --variant onnx-int8@cpu." in err
+    assert say(*options, "--price", "2", "--variant", "onnx-int8@cuda")[0] == 0
+
+
+@pytest.mark.parametrize("width", [80, 132])
+def test_lines_fit_into_a_terminal(width):
+    result = measured_result(measured(), measured(8000.0, variant="onnx-pruned50-int8", seed=2))
+    rows_goal, goal = RowsGoal(1e9, 3600, 0.05), QueryGoal(Load(300), 0.06, 0.1)
+    rows = plan_all(result, result.rows, lambda row, machines: plan_rows(row, machines, rows_goal))
+    queries = plan_all(result, result.rows, lambda row, machines: plan_replicas(row, machines, goal, lambda _: None))
+    for lines, args in ((text.rows_lines, (rows_goal, rows)), (text.replica_lines, (goal, "", queries))):
+        narrow, wide = lines(result, *args, width), lines(result, *args)
+        assert max(map(len, narrow)) <= width < max(map(len, wide))
+        # No word is lost. The names of the cells come again with each part of the table.
+        assert set(" ".join(narrow).split()) == set(" ".join(wide).split())
 
 
 def test_a_plan_has_no_price_without_a_price():

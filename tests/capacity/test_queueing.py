@@ -87,7 +87,9 @@ times_s = st.lists(st.floats(0.001, 5), min_size=1, max_size=80)
 @given(gaps=times_s, services=st.lists(st.floats(0.001, 5), min_size=80, max_size=80), replicas=st.integers(1, 6))
 def test_more_replicas_with_one_queue_never_make_a_query_later(gaps, services, replicas):
     arrivals = np.cumsum(gaps)
-    fewer, more = (serve(arrivals, lambda _: services, Batching(), count).latencies_s for count in (replicas, replicas + 1))
+    fewer, more = (
+        serve(arrivals, lambda _: services, Batching(), count).latencies_s for count in (replicas, replicas + 1)
+    )
     assert (more <= fewer + 1e-9).all()
     assert np.quantile(more, 0.99) <= np.quantile(fewer, 0.99) + 1e-9
     assert (fewer >= np.array(services[: len(gaps)]) - 1e-9).all()
@@ -130,7 +132,9 @@ def test_a_window_gathers_a_batch_and_a_full_batch_ends_it():
 
 
 def test_idle_time_makes_only_the_next_batch_slower():
-    latencies = serve(np.array([1.0, 1.1, 9.0]), constant(1.0, 3), Batching(), 1, lambda idle_s: 0.1 * idle_s).latencies_s
+    latencies = serve(
+        np.array([1.0, 1.1, 9.0]), constant(1.0, 3), Batching(), 1, lambda idle_s: 0.1 * idle_s
+    ).latencies_s
     assert latencies == pytest.approx([1.1, 2.0, 1.0 + 0.1 * (9.0 - 3.1)])
 
 

@@ -126,6 +126,7 @@ def test_any_bytes_are_a_trace_or_an_error(tmp_path_factory, content, ending):
         read_trace(write(folder, content, f"any{ending}"))
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 99), replicas=st.integers(1, 50))
 def test_each_arrival_of_a_trace_goes_to_one_replica(seed, replicas):
     load = Load.of_trace(np.array(TIMES))
@@ -135,6 +136,7 @@ def test_each_arrival_of_a_trace_goes_to_one_replica(seed, replicas):
     assert len(parts) <= replicas
 
 
+@settings(deadline=None)
 @given(qps=st.floats(0.01, 1e6))
 def test_a_rate_stretches_the_trace(qps):
     load = Load.of_trace(np.array(TIMES), qps)
@@ -143,6 +145,7 @@ def test_a_rate_stretches_the_trace(qps):
     assert Load.of_trace(np.array(TIMES)).qps == pytest.approx(4)
 
 
+@settings(deadline=None)
 @given(qps=st.floats(0.1, 1e5), replicas=st.integers(1, 100))
 def test_a_random_part_of_random_arrivals_has_its_share_of_the_rate(qps, replicas):
     (part,) = Load(qps).of_replicas(replicas, 4000, np.random.default_rng(3))

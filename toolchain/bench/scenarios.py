@@ -23,11 +23,14 @@ FEWEST_SENTENCES = 100
 TOKENS_A_SENTENCE = 64
 LENGTHS = (16, 32, 64, 128, 256, 512)
 LENGTH_SHARE = 0.1  # minimum measuring time for each token count, as a share of a scenario's minimum time
-MIXED_BATCHES = 4  # number of batches of each size that a turn of mixed batches measures
+# Fewest batches of each size that a turn of mixed batches measures, and fewest sentences in the batches of one size.
+MIXED_BATCHES, MIXED_SENTENCES = 4, 32
 # Microseconds of the pauses before single sentences. After a pause, caches are cold and the processor has to wake up.
 PAUSES_US = (0, 250, 1000, 4000, 16_000, 64_000)
 PAUSED_SENTENCES = 8  # number of sentences that a turn measures once after each pause
-MIXED_TRIES = 100  # number of random batches after which no batch of this size counts as one that fits
+# Number of random batches after which a size is left out, because it does not fit. With more tries, the large batches
+# would have short sentences only.
+MIXED_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def fits_batch(count: int, longest: int, size: int) -> bool:
 def mixed_batches(
     turn: int, sentences: Sequence[int], token_counts: Sequence[int], protocol: Protocol
 ) -> list[list[int]]:
-    """Returns random batches of random sentences, `MIXED_BATCHES` of each size in `batch_sizes`.
+    """Returns random batches of random sentences, for each size in `batch_sizes`.
 
     A server receives such batches: their sentences are not sorted by length, so padding takes more time than in the
     scenario ``offline``. Each batch satisfies `fits_batch`. A size is left out if `MIXED_TRIES` random batches of this
@@ -173,7 +176,7 @@ def mixed_batches(
     rng = random.Random(f"{MIXED} {protocol.seed} {turn}")
     batches: list[list[int]] = []
     for size in batch_sizes(protocol.batch_size):
-        for _ in range(MIXED_BATCHES):
+        for _ in range(max(MIXED_BATCHES, MIXED_SENTENCES // size)):
             tries = (rng.choices(sentences, k=size) for _ in range(MIXED_TRIES))
             fitting = (t for t in tries if fits_batch(size, max(token_counts[i] for i in t), protocol.batch_size))
             if (batch := next(fitting, None)) is None:

@@ -21,7 +21,7 @@ class Outcome(Generic[PlanT]):
     """The plans of one goal.
 
     Attributes:
-        plans: The plans, those with the fewest cores first.
+        plans: The plans: first those for cores, then those for GPUs, and each with the fewest first.
         refusals: The error of each cell that cannot reach the goal.
     """
 
@@ -38,26 +38,26 @@ class Outcome(Generic[PlanT]):
 
 
 def plan_all(
-    result: ResultFile, variants: Sequence[str], plan: Callable[[Measurement, Machines], PlanT]
+    result: ResultFile, rows: Sequence[Measurement], plan: Callable[[Measurement, Machines], PlanT]
 ) -> Outcome[PlanT]:
-    """Returns the plans of the chosen rows.
+    """Returns the plans of rows.
 
     Args:
         result: The result file.
-        variants: Names of variants or cells; empty for all measured rows.
+        rows: Measured rows of the result file, at least one.
         plan: Function that returns the plan of a row, or raises `VerdictError` if the row cannot reach the goal.
 
     Raises:
-        BenchError: A named variant has no samples in the result file, no row has, or a row lacks necessary samples.
+        BenchError: A row lacks necessary samples.
     """
     plans: list[PlanT] = []
     refusals = []
-    for row in choose_rows(result, variants):
+    for row in rows:
         try:
             plans.append(plan(row, Machines.of(result, row)))
         except VerdictError as error:
             refusals.append(error)
-    return Outcome(sorted(plans, key=lambda each: each.units), refusals)
+    return Outcome(sorted(plans, key=lambda each: (each.machines.unit == "GPU", each.units)), refusals)
 
 
 def choose_rows(result: ResultFile, variants: Sequence[str]) -> list[Measurement]:

@@ -20,11 +20,16 @@ from toolchain.results.statistics import CONFIDENCE
 if TYPE_CHECKING:
     import numpy as np
 
-QUERIES = 20_000  # number of queries of a simulation of random arrivals
+QUERIES = 40_000  # number of queries of a simulation of random arrivals
+WARM_UP = 0.1  # share of the random arrivals that do not count, because they meet a queue that began empty
+# Largest planned load, as a share of the highest rate of a replica. Near 1, queues grow for longer than a simulation.
+MOST_BUSY = 0.95
 FIRST_SEED = 20
 # Number of simulations of the plan, of a plan with one queue, and of each alternative of the search.
 SEEDS, SHARED_SEEDS, SEARCH_SEEDS = 40, 10, 3
-MOST_SIMULATED = 2_000_000  # most queries of the simulations of the plan together; a long trace has fewer simulations
+# Most queries of the simulations of a plan together, and of an alternative; a long trace has fewer simulations, but at
+# least `SEARCH_SEEDS` for the plan, and one for an alternative.
+MOST_SIMULATED, MOST_SEARCHED = 2_000_000, 200_000
 MOST_REPLICAS = 100_000
 MOST_SHARED = 500  # most replicas for which the plan also simulates one queue for all replicas
 QUERIES_OF_REPLICA = 100  # fewest queries for each replica that shares a queue
@@ -76,7 +81,9 @@ class ReplicaPlan:
         cell: Name of the cell.
         model: Name of the model.
         machines: The machine that a replica needs a part of.
-        replicas: Number of replicas if a load balancer sends each query to a random replica.
+        replicas: Number of replicas if a load balancer sends each query to a random replica. The upper bound of their
+            p99 keeps the goal.
+        median_replicas: Number of replicas whose median p99 keeps the goal, at most `replicas`.
         batching: How each replica forms batches.
         latency: The simulated latency.
         shared_replicas: Number of replicas with the same batches if all replicas take queries from one queue; None if
@@ -90,6 +97,7 @@ class ReplicaPlan:
     model: str
     machines: Machines
     replicas: int
+    median_replicas: int
     batching: Batching
     latency: Latency
     shared_replicas: int | None
@@ -116,6 +124,7 @@ class ReplicaPlan:
             "units": self.units,
             "machines": self.machines.count_for(self.replicas),
             "replicas": self.replicas,
+            "median_replicas": self.median_replicas,
             "shared_replicas": self.shared_replicas,
             "largest_batch": self.batching.largest,
             "window_ms": self.batching.window_s * 1000,
@@ -147,13 +156,14 @@ def plan_replicas(row: Measurement, machines: Machines, goal: QueryGoal, progres
     search = _Search(service, goal, progress)
     search.require_possible(row.cell)
     replicas, batching = search.fewest()
-    replicas, latency = search.confirm(row.cell, replicas, batching)
+    replicas, median_replicas, latency = search.confirm(row.cell, replicas, batching)
     shared = search.fewest_sharing(replicas, batching) if replicas <= MOST_SHARED else None
     return ReplicaPlan(
         cell=row.cell,
         model=row.model,
         machines=machines,
         replicas=replicas,
+        median_replicas=median_replicas,
         batching=batching,
         latency=latency,
         shared_replicas=shared,
@@ -181,7 +191,7 @@ def simulate(
         batching: How each replica forms batches.
         replicas: Number of replicas.
         seeds: Seeds of the random numbers; each simulation also has its own bootstrap sample of the measured rounds.
-        queries: Number of queries of a simulation of random arrivals; None for `QUERIES`.
+        queries: Number of queries of a simulation of random arrivals, warm-up included; None for `QUERIES`.
         shared: Whether all replicas share one queue; otherwise each query goes to a random replica.
     """
     import numpy as np
@@ -200,7 +210,8 @@ def simulate(
         for arrivals_s in parts:
             times = functools.partial(_slice, service_s, offset, offset + len(arrivals_s))
             outcome = serve(arrivals_s, times, batching, replicas if shared else 1, service.wake())
-            latencies.append(outcome.latencies_s)
+            skipped = int(WARM_UP * len(arrivals_s)) if load.trace_s is None else 0
+            latencies.append(outcome.latencies_s[skipped:])
             offset += len(arrivals_s)
             busy_s += outcome.busy_s
             batches += outcome.batches
@@ -260,8 +271,10 @@ class _Search:
         stable = [rival for rival in rivals if self._first_bound(rival) <= best]
         return best, min(stable, key=lambda rival: self._p99_s(best, rival))
 
-    def confirm(self, cell: str, replicas: int, batching: Batching) -> tuple[int, Latency]:
-        """Returns the replicas for which the upper bound of the p99 keeps the goal, and their latency.
+    def confirm(self, cell: str, replicas: int, batching: Batching) -> tuple[int, int, Latency]:
+        """Returns the replicas for which the upper bound, and the median, of the p99 keeps the goal.
+
+        The third value is the latency of the first number of replicas.
 
         Raises:
             VerdictError: There is no such number up to `MOST_REPLICAS`.
@@ -278,7 +291,10 @@ class _Search:
         replicas = _fewest(replicas, MOST_REPLICAS, keeps)
         if not keeps(replicas):
             raise _too_many(cell)
-        return replicas, latency_of(replicas)
+        median = _fewest(
+            self._first_bound(batching), replicas, lambda count: latency_of(count).p99_s.value <= self._goal.p99_s
+        )
+        return replicas, median, latency_of(replicas)
 
     def fewest_sharing(self, most: int, batching: Batching) -> int:
         """Returns the fewest replicas, at most `most`, that keep the goal if they share one queue."""
@@ -302,15 +318,17 @@ class _Search:
                     yield Batching(size, window_s)
 
     def _first_bound(self, batching: Batching) -> int:
-        """Returns the fewest replicas whose queues do not grow without end."""
-        return math.floor(self._goal.load.qps / self._service.per_second(batching.largest)) + 1
+        """Returns the fewest replicas whose load is at most `MOST_BUSY`."""
+        return math.ceil(self._goal.load.qps / (MOST_BUSY * self._service.per_second(batching.largest)))
 
     def _keeps(self, replicas: int, batching: Batching) -> bool:
         return self._p99_s(replicas, batching) <= self._goal.p99_s
 
     def _p99_s(self, replicas: int, batching: Batching) -> float:
         self._progress(f"{replicas:,} replicas, batches of {batching.largest}")
-        seeds = self._seeds[:SEARCH_SEEDS]
+        trace_s = self._goal.load.trace_s
+        length = QUERIES if trace_s is None else len(trace_s)
+        seeds = self._seeds[: max(1, min(SEARCH_SEEDS, MOST_SEARCHED // length))]
         return simulate(self._service, self._goal.load, batching, replicas, seeds).p99_s.value
 
 

@@ -38,7 +38,9 @@ def complete_variants_or_codes(
     return _items(_built_variants(context), incomplete)
 
 
-def complete_variants_in_result(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+def complete_variants_in_result(
+    context: click.Context, _: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
     """Returns the variants in the result file of the argument RESULT whose names begin with `incomplete`."""
     return _items(_measured_variants(context.params.get("result")), incomplete)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,14 +71,6 @@ if TYPE_CHECKING:
     shell_complete=complete_variants_in_result,
     help="Plan only for this variant or cell. Can be repeated.",
 )
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "json"]),
-    default="table",
-    show_default=True,
-    help="Format of the output.",
-)
 @json_option
 @debug_option
 def plan(
@@ -88,7 +83,6 @@ def plan(
     trace_column: str | None,
     price: float | None,
     variants: tuple[str, ...],
-    form: str,
     as_json: bool,
 ) -> None:
     """Plan cores and machines from the raw samples in RESULT, a result file of `toolchain bench`.
@@ -104,16 +98,21 @@ def plan(
       toolchain plan result.json --qps 2000 --p99-ms 50 --variant onnx-int8
       toolchain plan result.json --trace arrivals.csv --p99-ms 50
     """
+    from toolchain.capacity.outcome import choose_rows
     from toolchain.results.result_file import ResultFile
 
     _check_usage(rows, within, qps, p99_ms, trace, trace_column)
     measured = ResultFile.read(result)
-    if rows is not None and within is not None:
-        _plan_rows(measured, rows, within, price, variants, as_json or form == "json")
-    elif p99_ms is not None:
-        _plan_queries(
-            measured, _goal(qps, p99_ms, trace, trace_column, price), trace, variants, as_json or form == "json"
+    cells = choose_rows(measured, variants)
+    if price is not None and len({row.provider == "cuda" for row in cells}) == 2:
+        raise click.UsageError(
+            "--price is the price of a core or of a GPU, but the result file has rows for both. Choose cells with "
+            f"--variant, such as --variant {cells[0].cell}."
         )
+    if rows is not None and within is not None:
+        _plan_rows(measured, cells, rows, within, price, as_json)
+    elif p99_ms is not None:
+        _plan_queries(measured, cells, _goal(qps, p99_ms, trace, trace_column, price), trace or "", as_json)
 
 
 def _check_usage(
@@ -148,42 +147,45 @@ def _goal(qps: float | None, p99_ms: float, trace: str | None, column: str | Non
 
 
 def _plan_rows(
-    result: ResultFile, rows: float, within_s: float, price: float | None, variants: tuple[str, ...], as_json: bool
+    result: ResultFile, cells: Sequence[Measurement], rows: float, within_s: float, price: float | None, as_json: bool
 ) -> None:
     from toolchain.capacity import rows as planning
     from toolchain.capacity import text
     from toolchain.capacity.outcome import plan_all
 
     goal = planning.RowsGoal(rows, within_s, price)
-    outcome = plan_all(result, variants, lambda row, machines: planning.plan_rows(row, machines, goal))
-    _print(text.rows_json(result, goal, outcome) if as_json else text.rows_lines(result, goal, outcome))
+    outcome = plan_all(result, cells, lambda row, machines: planning.plan_rows(row, machines, goal))
+    _print(text.rows_json(result, goal, outcome) if as_json else text.rows_lines(result, goal, outcome, _width()))
     outcome.require_plan()
 
 
-def _plan_queries(
-    result: ResultFile, goal: QueryGoal, trace: str | None, variants: tuple[str, ...], as_json: bool
-) -> None:
+def _plan_queries(result: ResultFile, cells: Sequence[Measurement], goal: QueryGoal, trace: str, as_json: bool) -> None:
     from toolchain.capacity import text
     from toolchain.capacity.machines import Machines
-    from toolchain.capacity.outcome import choose_rows, plan_all
+    from toolchain.capacity.outcome import plan_all
     from toolchain.capacity.replicas import ReplicaPlan, plan_replicas
     from toolchain.cli.progress import bar
 
-    cells = [row.cell for row in choose_rows(result, variants)]
     with bar("plan") as progress:
 
         def plan_row(row: Measurement, machines: Machines) -> ReplicaPlan:
-            done = cells.index(row.cell)
+            done = cells.index(row)
             return plan_replicas(
                 row, machines, goal, lambda activity: progress(done, len(cells), f"{row.cell}, {activity}")
             )
 
-        outcome = plan_all(result, variants, plan_row)
-    name = trace or ""
+        outcome = plan_all(result, cells, plan_row)
     _print(
-        text.replica_json(result, goal, name, outcome) if as_json else text.replica_lines(result, goal, name, outcome)
+        text.replica_json(result, goal, trace, outcome)
+        if as_json
+        else text.replica_lines(result, goal, trace, outcome, _width())
     )
     outcome.require_plan()
+
+
+def _width() -> int | None:
+    """Returns the number of characters in a line of the terminal; None if the output is a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _print(page: dict[str, Any] | list[str]) -> None:
