@@ -21,21 +21,22 @@ def rows_lines(result: ResultFile, goal: RowsGoal, outcome: Outcome[RowsPlan], w
     title = f"{goal.rows:,.10g} rows within {_duration(goal.within_s)}, measured on {_machine(result)}:"
     lines = []
     for unit, plans in _by_unit(outcome.plans):
-        header = ["", "rows/s of a process", "processes", f"{unit}s", "machines", "hours", f"{unit} hours"]
+        header = ["", "processes", f"{unit}s", "machines", "hours", f"{unit} hours"]
+        header += [*(["cost"] if goal.price is not None else []), "rows/s of a process"]
         table = [
             [
                 plan.cell,
-                _bounded(plan.rows_per_s),
                 f"{plan.processes:,}",
                 f"{plan.units:,}",
                 f"{plan.machines.count_for(plan.processes):,}",
                 _bounded(plan.hours),
                 _bounded(plan.unit_hours),
                 *([_bounded(plan.cost)] if plan.cost else []),
+                _bounded(plan.rows_per_s),
             ]
             for plan in plans
         ]
-        lines += align([header + (["cost"] if goal.price is not None else []), *table], width)
+        lines += align([header, *table], width)
     return _page(title, lines, outcome, rows_assumptions(result, outcome.plans), width)
 
 
@@ -74,7 +75,9 @@ def replica_lines(
     lines = []
     for unit, plans in _by_unit(outcome.plans):
         header = ["", "replicas", f"{unit}s", "machines", "largest batch", "window ms", "p50 ms", "p99 ms", "busy"]
-        header += ["mean batch", "at the median", "with one queue"]
+        header += ["mean batch", "at the median", "with one queue"] + (
+            ["cost per hour"] if goal.price is not None else []
+        )
         table = [
             [
                 plan.cell,
@@ -93,7 +96,7 @@ def replica_lines(
             ]
             for plan in plans
         ]
-        lines += align([header + (["cost per hour"] if goal.price is not None else []), *table], width)
+        lines += align([header, *table], width)
     return _page(title, lines, outcome, replica_assumptions(result, goal, trace, outcome.plans), width)
 
 
@@ -122,8 +125,8 @@ def replica_assumptions(result: ResultFile, goal: QueryGoal, trace: str, plans: 
         "is full, or until the oldest query has waited for the window.",
         *_service_texts(result, plans),
         *_sharing(plans),
-        f"The p99 is the median of {len(seeds)} simulations of {queries}. Its interval contains 95 % of them. The upper "
-        "end keeps the goal; the column `at the median` has the replicas whose median keeps it. Each simulation has "
+        f"The p99 is the median of {len(seeds)} simulations of {queries}. Its interval contains 95 % of them. Its "
+        "upper end keeps the goal; the column `at the median` has the replicas whose median keeps it. Each simulation has "
         f"random numbers of its own (seeds {seeds[0]} to {seeds[-1]}), and a bootstrap sample of the measured rounds.",
         f"The load of a replica is at most {MOST_BUSY:.0%} of the highest rate that it can answer.",
     ]
