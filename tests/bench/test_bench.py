@@ -252,6 +252,14 @@ def test_mixed_batches_have_every_size_that_fits(lengths, size, turn):
         assert batches == []
 
 
+def test_a_large_batch_is_not_chosen_for_its_short_sentences():
+    """Eight sentences fit together only if all of them are short, which is rare."""
+    lengths = [10, 512] * 100
+    for turn in range(8):
+        batches = scenarios.mixed_batches(turn, range(len(lengths)), lengths, replace(FAST, batch_size=32))
+        assert set(map(len, batches)) == {2, 4}
+
+
 @pytest.mark.parametrize(("largest", "sizes"), [(1, []), (2, [2]), (3, [2, 3]), (8, [2, 4, 8]), (9, [2, 4, 8, 9])])
 def test_the_sizes_of_mixed_batches_double(largest, sizes):
     assert scenarios.batch_sizes(largest) == sizes

@@ -154,9 +154,29 @@ def test_a_plan_keeps_its_goal_and_one_replica_fewer_does_not():
     fewer = simulate(service, Load(1500), plan.batching, plan.replicas - 1, plan.latency.seeds, queries=4000)
     assert fewer.p99_s.high > 0.04
     assert plan.shared_replicas <= plan.replicas
+    assert plan.median_replicas <= plan.replicas
+    for count, keeps in ((plan.median_replicas, True), (plan.median_replicas - 1, False)):
+        at_median = simulate(service, Load(1500), plan.batching, count, plan.latency.seeds)
+        assert (at_median.p99_s.value <= 0.04) == keeps
     shared = simulate(service, Load(1500), plan.batching, plan.shared_replicas, plan.latency.seeds, shared=True)
     assert shared.p99_s.high <= 0.045
     assert plan_queries(row, 1500, 40) == plan  # the seeds determine the plan
+
+
+def test_no_replica_is_always_busy():
+    row = measured(spread=0.0, mixed_batches=None)
+    rate = service_of(row).per_second(1)
+    plan = plan_queries(row, 2.9 * rate, 100_000)
+    assert plan.replicas == plan.median_replicas == plan.shared_replicas == 4
+    assert plan_queries(row, 2.8 * rate, 100_000).replicas == 3
+
+
+def test_the_first_queries_do_not_count_because_they_wait_for_nobody(monkeypatch):
+    service = service_of(measured())
+    load = Load(0.95 * service.per_second(1))
+    counted = simulate(service, load, Batching(), 1, range(20), queries=1000)
+    monkeypatch.setattr(planning, "WARM_UP", 0.0)
+    assert counted.p50_s.value > 1.05 * simulate(service, load, Batching(), 1, range(20), queries=1000).p50_s.value
 
 
 def test_batches_that_save_time_need_fewer_replicas():
@@ -266,6 +286,7 @@ def test_the_command_plans_queries(say, file, tmp_path):
     (plan,) = body["plans"]
     assert table_cell(out, "onnx-int8@cpu", "replicas") == str(plan["replicas"])
     assert table_cell(out, "onnx-int8@cpu", "with one queue") == str(plan["shared_replicas"])
+    assert table_cell(out, "onnx-int8@cpu", "at the median") == str(plan["median_replicas"])
     assert plan["p99_ms"]["high"] <= 60
     assert plan["cost_per_hour"] == pytest.approx(plan["units"] * 0.1)
     assert plan["seeds"] == list(range(20, 32))

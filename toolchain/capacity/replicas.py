@@ -20,16 +20,16 @@ from toolchain.results.statistics import CONFIDENCE
 if TYPE_CHECKING:
     import numpy as np
 
-QUERIES = 40_000  # number of queries of a simulation of random arrivals
+QUERIES = 30_000  # number of queries of a simulation of random arrivals
 WARM_UP = 0.1  # share of the random arrivals that do not count, because they meet a queue that began empty
 # Largest planned load, as a share of the highest rate of a replica. Near 1, queues grow for longer than a simulation.
 MOST_BUSY = 0.95
 FIRST_SEED = 20
 # Number of simulations of the plan, of a plan with one queue, and of each alternative of the search.
-SEEDS, SHARED_SEEDS, SEARCH_SEEDS = 20, 10, 3
+SEEDS, SHARED_SEEDS, SEARCH_SEEDS = 40, 10, 3
 # Most queries of the simulations of a plan together, and of an alternative; a long trace has fewer simulations, but at
 # least `SEARCH_SEEDS` for the plan, and one for an alternative.
-MOST_SIMULATED, MOST_SEARCHED = 1_000_000, 200_000
+MOST_SIMULATED, MOST_SEARCHED = 2_000_000, 200_000
 MOST_REPLICAS = 100_000
 MOST_SHARED = 500  # most replicas for which the plan also simulates one queue for all replicas
 QUERIES_OF_REPLICA = 100  # fewest queries for each replica that shares a queue

@@ -113,7 +113,7 @@ def replica_assumptions(result: ResultFile, goal: QueryGoal, trace: str, plans: 
     seeds = plans[0].latency.seeds
     if goal.load.trace_s is None:
         arrivals = "Queries arrive at random times (a Poisson process)."
-        queries = f"{QUERIES:,} queries, of which the first {WARM_UP:.0%} do not count"
+        queries = f"{QUERIES:,} queries, of which the first {100 * WARM_UP:g} % do not count"
     else:
         queries = f"all {len(goal.load.trace_s):,} queries"
         arrivals = f"Queries arrive as in {trace}, at {goal.load.qps:.6g} queries/s on average."
@@ -125,10 +125,11 @@ def replica_assumptions(result: ResultFile, goal: QueryGoal, trace: str, plans: 
         "is full, or until the oldest query has waited for the window.",
         *_service_texts(result, plans),
         *_sharing(plans),
-        f"The p99 is the median of {len(seeds)} simulations of {queries}. Its interval contains 95 % of them. Its "
-        "upper end keeps the goal; the column `at the median` has the replicas whose median keeps it. Each simulation has "
-        f"random numbers of its own (seeds {seeds[0]} to {seeds[-1]}), and a bootstrap sample of the measured rounds.",
-        f"The load of a replica is at most {MOST_BUSY:.0%} of the highest rate that it can answer.",
+        f"The p99 is the median of {len(seeds)} simulations of {queries}. Its interval contains 95 % of them, and its "
+        "upper end keeps the goal. The column `at the median` has the replicas whose median keeps it. Each simulation "
+        f"has random numbers of its own (seeds {seeds[0]} to {seeds[-1]}) and a bootstrap sample of the measured "
+        "rounds.",
+        f"The load of a replica is at most {100 * MOST_BUSY:g} % of the highest rate that it can answer.",
     ]
 
 
