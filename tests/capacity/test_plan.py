@@ -195,10 +195,14 @@ def test_a_goal_that_one_query_misses_has_no_plan():
 
 def test_a_rate_beyond_all_replicas_has_no_plan(monkeypatch):
     monkeypatch.setattr(planning, "MOST_REPLICAS", 20)
-    with pytest.raises(VerdictError, match="No number of replicas up to 20 keeps this goal"):
+    with pytest.raises(VerdictError, match="The rate needs more than 20 replicas of onnx-int8@cpu"):
         plan_queries(measured(), 1e6, 40)
-    with pytest.raises(VerdictError, match="No number of replicas up to 20 keeps this goal"):
+    with pytest.raises(
+        VerdictError, match=r"No number of replicas up to 20 keeps a p99 of 6 ms for onnx-int8@cpu\. Allow"
+    ):
         plan_queries(measured(), 4300, 6)
+    with pytest.raises(VerdictError, match="A replica that was idle takes up to 1 ms longer"):
+        plan_queries(measured(wake_us=WAKE_US), 20, 5.5)
 
 
 def test_idle_replicas_need_the_time_to_wake_up():

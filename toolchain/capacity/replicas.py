@@ -258,7 +258,10 @@ class _Search:
                 "Allow a larger p99, or measure a faster variant or more threads.",
             )
         if self._first_bound(Batching(self._service.sizes[-1])) > MOST_REPLICAS:
-            raise _too_many(cell)
+            raise VerdictError(
+                f"The rate needs more than {MOST_REPLICAS:,} replicas of {cell}.",
+                "Lower the rate, or measure a faster variant.",
+            )
 
     def fewest(self) -> tuple[int, Batching]:
         """Returns the fewest replicas of all kinds of batches, and the batches."""
@@ -290,7 +293,13 @@ class _Search:
 
         replicas = _fewest(replicas, MOST_REPLICAS, keeps)
         if not keeps(replicas):
-            raise _too_many(cell)
+            wake_ms = 1000 * max(self._service.wake_s.values(), default=0.0)
+            idle = f" A replica that was idle takes up to {wake_ms:.2g} ms longer." if wake_ms else ""
+            raise VerdictError(
+                f"No number of replicas up to {MOST_REPLICAS:,} keeps a p99 of {1000 * self._goal.p99_s:.4g} ms for "
+                f"{cell}.{idle}",
+                "Allow a larger p99, or measure a faster variant.",
+            )
         median = _fewest(
             self._first_bound(batching), replicas, lambda count: latency_of(count).p99_s.value <= self._goal.p99_s
         )
@@ -349,10 +358,3 @@ def _fewest(low: int, high: int, keeps: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if keeps(middle) else (middle + 1, high)
     return high
-
-
-def _too_many(cell: str) -> VerdictError:
-    return VerdictError(
-        f"No number of replicas up to {MOST_REPLICAS:,} keeps this goal for {cell}.",
-        "Allow a larger p99, lower the rate, or measure a faster variant.",
-    )
