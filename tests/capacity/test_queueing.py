@@ -131,6 +131,10 @@ def test_a_window_gathers_a_batch_and_a_full_batch_ends_it():
     assert serve(arrivals, service, Batching(1, 0.5)).latencies_s == pytest.approx([1.0, 1.8, 2.6, 1.0])
 
 
+def test_a_huge_batch_needs_no_table_of_its_size():
+    assert serve(np.array([1.0, 1.0]), constant(1.0, 2), Batching(10**12)).latencies_s.tolist() == [1.0, 1.0]
+
+
 def test_idle_time_makes_only_the_next_batch_slower():
     latencies = serve(
         np.array([1.0, 1.1, 9.0]), constant(1.0, 3), Batching(), 1, lambda idle_s: 0.1 * idle_s

@@ -73,7 +73,7 @@ def serve(
 
     arrivals, count = arrivals_s.tolist(), len(arrivals_s)
     largest, window = batching.largest, batching.window_s if batching.largest > 1 else 0.0
-    tables: list[Sequence[float] | None] = [None] * (largest + 1)
+    tables: dict[int, Sequence[float]] = {}
     free = [0.0] * replicas  # a heap of the times at which the replicas become free
     ends, sizes, first, busy_s = [], [], 0, 0.0
     while first < count:
@@ -82,7 +82,7 @@ def serve(
             full = arrivals[limit - 1] if limit <= count else math.inf
             start = max(start, min(arrivals[first] + window, full))
         size = bisect_right(arrivals, start, first, min(limit, count)) - first
-        table = tables[size]
+        table = tables.get(size)
         if table is None:
             table = tables[size] = service_s(size)
         duration = table[first]
