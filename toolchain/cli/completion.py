@@ -42,7 +42,9 @@ def complete_variants_in_result(
     context: click.Context, _: click.Parameter, incomplete: str
 ) -> list[CompletionItem[str]]:
     """Returns the variants in the result file of the argument RESULT whose names begin with `incomplete`."""
-    return _items(_measured_variants(context.params.get("result")), incomplete)
+    # Before the value of the last option, Click leaves the argument among the words that it has not parsed.
+    files = [context.params.get("result"), *context.args]
+    return _items(_measured_variants(next((Path(file) for file in files if file), None)), incomplete)
 
 
 def complete_models(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--within", type=Duration(), help="Time for all rows, such as 90m, 6h or 2d.")
 @click.option(
     "--qps",
-    type=click.FloatRange(0, 1e7, min_open=True),
+    type=click.FloatRange(0.001, 1e7),
     callback=require_finite,
     metavar="NUMBER",
     help="Plan for this mean number of queries per second; needs --p99-ms.",
