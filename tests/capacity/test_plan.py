@@ -22,7 +22,7 @@ from toolchain.errors import BenchError, VerdictError
 from toolchain.results import statistics
 from toolchain.results.measurements import Samples
 
-MACHINES = Machines("core", 2, 8, "a processor")
+MACHINES = Machines("core", 2, 8)
 WAKE_US = {0: 0, 1000: 200, 16_000: 1000}
 
 
@@ -81,13 +81,13 @@ def test_rows_need_samples(lost, what):
 
 def test_machines_are_as_large_as_the_measured_one():
     assert [MACHINES.count_for(n) for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
-    assert Machines("core", 8, 4, "").count_for(3) == Machines("core", 2, 0, "").count_for(3) == 3
+    assert Machines("core", 8, 4).count_for(3) == Machines("core", 2, 0).count_for(3) == 3
     gpus = [{"name": "A GPU"}, {"name": "A GPU"}]
     result = measured_result(measured(provider="cuda"))
     result.machine["gpu"].extend(gpus)
-    assert Machines.of(result, result.rows[0]) == Machines("GPU", 1, 2, "A GPU")
+    assert Machines.of(result, result.rows[0]) == Machines("GPU", 1, 2)
     cpu = measured_result(measured())
-    assert Machines.of(cpu, cpu.rows[0]) == Machines("core", 2, 2, "c")
+    assert Machines.of(cpu, cpu.rows[0]) == Machines("core", 2, 2)
 
 
 # Service times

@@ -17,21 +17,18 @@ class Machines:
         unit: ``core`` or ``GPU``: what a price refers to.
         units_of_process: Number of cores, or GPUs, of one process.
         units_of_machine: Number of cores, or GPUs, of the machine; 0 if unknown.
-        name: Name of the processor or of the GPU; may be empty.
     """
 
     unit: str
     units_of_process: int
     units_of_machine: int
-    name: str
 
     @classmethod
     def of(cls, result: ResultFile, row: Measurement) -> Machines:
         """Returns the machine that measured a row."""
         if row.provider == "cuda":
-            gpus = result.machine["gpu"]
-            return cls("GPU", 1, len(gpus), gpus[0]["name"] if gpus else "")
-        return cls("core", result.run.get("threads") or 1, result.machine["cores"], result.machine["cpu"])
+            return cls("GPU", 1, len(result.machine["gpu"]))
+        return cls("core", result.run.get("threads") or 1, result.machine["cores"])
 
     @property
     def processes_of_machine(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +39,8 @@ class Bounded:
 
     def scaled(self, factor: float) -> Bounded:
         """Returns the figure times `factor`."""
-        return self._map(lambda value: value * factor)
+        low, high = (None if bound is None else bound * factor for bound in (self.low, self.high))
+        return Bounded(self.value * factor, low, high)
 
     def inverse(self) -> Bounded:
         """Returns 1 / the figure, whose bounds change places."""
@@ -57,10 +57,6 @@ class Bounded:
         """Returns the figure as JSON, with six significant digits."""
         bounds = {} if self.low is None or self.high is None else {"low": self.low, "high": self.high}
         return {name: float(f"{value:.6g}") for name, value in {"value": self.value, **bounds}.items()}
-
-    def _map(self, function: Callable[[float], float]) -> Bounded:
-        low, high = (None if bound is None else function(bound) for bound in (self.low, self.high))
-        return Bounded(function(self.value), low, high)
 
 
 @dataclass(frozen=True)
