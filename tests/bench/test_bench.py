@@ -284,6 +284,12 @@ def test_service_times_are_batches_and_single_sentences_after_pauses(run, data, 
     assert all(max(paused.values()) < 320 for paused in read["other"].after_pause.values())
 
 
+def test_service_times_of_batches_of_one_are_the_pauses(run):
+    rows, _ = run(replace(FAST, service_times=True, batch_size=1), good={"clock_us": 300})
+    assert rows["good"].mixed_batches is None
+    assert list(rows["good"].after_pause) == list(scenarios.PAUSES_US)
+
+
 @pytest.mark.slow
 def test_a_nan_logit_fails_the_row(run):
     rows, _ = run(good={}, bad={"nan_after": 100})
