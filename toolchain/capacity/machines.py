@@ -26,7 +26,7 @@ class Machines:
     @classmethod
     def of(cls, result: ResultFile, row: Measurement) -> Machines:
         """Returns the machine that measured a row."""
-        if row.provider == "cuda":
+        if row.provider != "cpu":
             return cls("GPU", 1, len(result.machine["gpu"]))
         return cls("core", result.run.get("threads") or 1, result.machine["cores"])
 

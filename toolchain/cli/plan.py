@@ -104,7 +104,7 @@ def plan(
     _check_usage(rows, within, qps, p99_ms, trace, trace_column)
     measured = ResultFile.read(result)
     cells = choose_rows(measured, variants)
-    if price is not None and len({row.provider == "cuda" for row in cells}) == 2:
+    if price is not None and len({row.provider == "cpu" for row in cells}) == 2:
         raise click.UsageError(
             "--price is the price of a core or of a GPU, but the result file has rows for both. Choose cells with "
             f"--variant, such as --variant {cells[0].cell}."
