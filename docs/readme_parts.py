@@ -13,6 +13,9 @@ from types import ModuleType
 
 from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.variants import is_variant
+from toolchain.capacity.outcome import choose_rows, plan_all
+from toolchain.capacity.rows import HOUR_S, RowsGoal, plan_rows
+from toolchain.capacity.text import rows_lines
 from toolchain.cli import cli
 from toolchain.compare.report.columns import EXIT_COLUMNS, Column, columns, host_name
 from toolchain.compare.report.markdown import to_markdown
@@ -30,6 +33,7 @@ BENCH_SERVER = BENCH.with_name("reference-epyc-server.json")
 STUDIES = ROOT / "benchmarks" / "studies"
 EXPORT_LOG = ROOT / "benchmarks" / "reports" / "make-export.txt"
 FEW = ("torch-fp32", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-pruned30-int8", "onnx-pruned50-int8")
+WIDTH = 120  # characters in a line of a command's output
 FEW_COLUMNS = ("accuracy", "p50", "throughput", "memory", "size")
 CLAIM_DROP = 1.0  # largest accuracy drop, in points, of the models that the README compares
 MARKED = re.compile(r"(<!-- begin: (.+?) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
@@ -54,6 +58,7 @@ def parts() -> dict[str, str]:
         "make bench, few rows": _few_rows(BENCH),
         "make bench, gpu": _bench(BENCH_GPU),
         "bench, server": _bench(BENCH_SERVER),
+        "plan, rows": _rows_plan(),
         "exits": _exits(),
         "exits, base": _half_exits(),
         "make help": _targets(),
@@ -94,6 +99,14 @@ def _export_log() -> str:
 
 def _bench(path: Path) -> str:
     return to_markdown(compare([ResultFile.read(path)])).strip()
+
+
+def _rows_plan() -> str:
+    """Returns the output of the command on the page Plan capacity."""
+    result, goal = ResultFile.read(BENCH), RowsGoal(1e9, 6 * HOUR_S, 0.04)
+    rows = choose_rows(result, ("onnx-int8",))
+    outcome = plan_all(result, rows, lambda row, machines: plan_rows(row, machines, goal))
+    return _text("\n".join(rows_lines(result, goal, outcome, WIDTH)))
 
 
 def _few_rows(path: Path) -> str:

@@ -26,6 +26,9 @@ class InstantWorker:
             count = len(message["sentences"])
             return {"us": [200] * count, "sizes": [1] * count}
         batches = message.get("batches", [])
+        if message["do"] == "pauses":
+            us = [[100 + pause_us // 1000] * len(batches) for pause_us in message["pauses_us"]]
+            return {"us": us, "tokenizing_us": [], "resident_us": [], "answers": [], "probabilities": []}
         return {
             "us": [[100 + len(batch) for batch in batches]],
             "tokenizing_us": [9] * len(batches) if message.get("tokenizing") else [],

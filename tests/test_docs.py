@@ -248,6 +248,8 @@ def test_the_blocks_of_a_page_run_in_order(page, clone, environment_folder, envi
         ("compare RUN", {"facts", "memory_bytes", "size_bytes", "noise", "quality"}),
         ("compare RUN --max-drop 2 --provider cpu", {"rows"}),
         ("compare RUN --against OLD", {"rows"}),
+        ("plan RUN --rows 1e6 --within 1h --price 1", set()),
+        ("plan RUN --qps 100 --p99-ms 50 --variant onnx-int8 --price 1", set()),
     ],
 )
 def test_json_fields_are_documented(command, data, say, tmp_path, request):

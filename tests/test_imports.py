@@ -26,7 +26,7 @@ FLOORS = [
     {"training"},
     {"exits", "pruning", "quantization"},
     {"build"},
-    {"bench", "compare", "finetune"},
+    {"bench", "capacity", "compare", "finetune"},
     {"ship", "tuning"},
     {"predict", "doctor", "explain", "recipes", "step_requests"},
     {"distributed"},

@@ -32,6 +32,7 @@ from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
 from toolchain.errors import BenchError, ResultFileError
 from toolchain.results.folder import require_measured
+from toolchain.results.result_file import ResultFile
 
 FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}
 TEXTS = tuple(f"sentence number {i} {'word ' * (i % 7)}" for i in range(80))
@@ -234,6 +235,59 @@ def test_by_length_measures_the_latency_at_each_length(run):
     rows, _ = run(replace(FAST, by_length=True), good={})
     assert list(rows["good"].by_length) == list(scenarios.LENGTHS)
     assert all(len(samples.rounds) == 8 for samples in rows["good"].by_length.values())
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=60), st.integers(1, 40), st.integers(0, 7))
+def test_mixed_batches_have_every_size_that_fits(lengths, size, turn):
+    protocol = replace(FAST, batch_size=size)
+    sentences = range(len(lengths))
+    batches = scenarios.mixed_batches(turn, sentences, lengths, protocol)
+    assert batches == scenarios.mixed_batches(turn, sentences, lengths, protocol)
+    assert set(map(len, batches)) <= set(scenarios.batch_sizes(size))
+    assert all(scenarios.fits_batch(len(b), max(lengths[i] for i in b), size) for b in batches)
+    if size > 1 and max(lengths) <= scenarios.TOKENS_A_SENTENCE:
+        counts = [max(4, 32 // each) for each in scenarios.batch_sizes(size)]
+        assert [list(map(len, batches)).count(each) for each in scenarios.batch_sizes(size)] == counts
+    if min(lengths) > size * scenarios.TOKENS_A_SENTENCE / 2:
+        assert batches == []
+
+
+def test_a_large_batch_is_not_chosen_for_its_short_sentences():
+    """Eight sentences fit together only if all of them are short, which is rare."""
+    lengths = [10, 512] * 100
+    for turn in range(8):
+        batches = scenarios.mixed_batches(turn, range(len(lengths)), lengths, replace(FAST, batch_size=32))
+        assert set(map(len, batches)) == {2, 4}
+
+
+@pytest.mark.parametrize(("largest", "sizes"), [(1, []), (2, [2]), (3, [2, 3]), (8, [2, 4, 8]), (9, [2, 4, 8, 9])])
+def test_the_sizes_of_mixed_batches_double(largest, sizes):
+    assert scenarios.batch_sizes(largest) == sizes
+
+
+def test_service_times_are_batches_and_single_sentences_after_pauses(run, data, tmp_path):
+    rows, run_facts = run(replace(FAST, service_times=True), good={"us": 300}, other={"clock_us": 300})
+    bench_run.make_result(list(rows.values()), run_facts, data, 512).write(tmp_path / "run.json")
+    read = {row.variant: row for row in ResultFile.read(tmp_path / "run.json").rows}
+    for name, row in rows.items():
+        assert read[name].mixed_batches == row.mixed_batches
+        assert read[name].after_pause == row.after_pause
+    for row in read.values():
+        samples = row.mixed_batches
+        assert [sorted(sizes) for sizes in samples.sentences] == 8 * [[2] * 16 + [4] * 8 + [8] * 4]
+        assert min(us / size for us, size in zip(samples.values(), sum(samples.sentences, ()), strict=True)) > 280
+        assert list(row.after_pause) == list(scenarios.PAUSES_US)
+        for paused in row.after_pause.values():
+            assert [len(times) for times in paused.rounds] == 8 * [scenarios.PAUSED_SENTENCES]
+            assert min(paused.values()) > 280
+    # On the clock of this session, a pause has exactly its planned length.
+    assert all(max(paused.values()) < 320 for paused in read["other"].after_pause.values())
+
+
+def test_service_times_of_batches_of_one_are_the_pauses(run):
+    rows, _ = run(replace(FAST, service_times=True, batch_size=1), good={"clock_us": 300})
+    assert rows["good"].mixed_batches is None
+    assert list(rows["good"].after_pause) == list(scenarios.PAUSES_US)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import sys
 import click
 import pytest
 from conftest import ROOT
+from service_samples import measured, measured_result
 from test_imports import HEAVY
 
 from toolchain.artifacts.manifest import MANIFEST
@@ -77,6 +78,16 @@ def plain(*names):
 def test_built_variants_are_completed(complete, line):
     assert complete(f"toolchain {line}") == plain(*VARIANTS)
     assert complete(f"toolchain {line}onnx-i") == plain("onnx-int8", "onnx-int8+small")
+
+
+def test_variants_of_a_result_file_are_completed(complete, folder):
+    measured_result(measured(), measured(variant="torch-fp32"), measured(variant="other")).write(folder / "run.json")
+    assert complete("toolchain plan run.json --variant ") == plain("onnx-int8", "torch-fp32")
+    assert complete("toolchain plan run.json --variant onnx-int8 --variant t") == plain("torch-fp32")
+    for content in ("no JSON", "[1]", '{"rows": 1}', '{"rows": [1, {"variant": []}]}', "[" * 9999):
+        (folder / "run.json").write_text(content)
+        assert complete("toolchain plan run.json --variant ") == []
+    assert complete("toolchain plan missing.json --variant ") == []
 
 
 def test_every_parameter_that_takes_a_variant_completes_variants():

@@ -233,6 +233,7 @@ def test_committed_result_files_can_be_read():
         "precision-",
         "memory-",
         "serving-",
+        "capacity-",
     )
     files += [file for file in studies if not file.name.startswith(other_prefixes)]
     assert files

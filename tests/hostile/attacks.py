@@ -6,6 +6,7 @@ This module imports nothing, because docs/readme_parts.py also reads the table.
 ATTACKS = {
     "result files": ("`compare`: all formats, limits, an older run; the attacker corrects all figures", 200),
     "result files, as a page": ("`compare --format html`", 20),
+    "result files, for a plan": ("`plan`: rows and queries; the attacker corrects all figures", 100),
     "journals": ("`bench --resume`", 200),
     "session files": ("`ship --session`", 200),
     "manifests": ("`variants` and `predict` on a folder of artifacts; the attacker corrects id and seal", 200),

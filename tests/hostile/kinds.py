@@ -24,6 +24,14 @@ KINDS = (
         repair=results.repair_results,
     ),
     Kind(
+        "result files, for a plan",
+        results.write_service_times,
+        lambda folder: [folder / "service.json"],
+        mutate_json,
+        results.plan_capacity,
+        repair=results.repair_results,
+    ),
+    Kind(
         "journals",
         results.write_journal,
         lambda folder: sorted((folder / "output").glob("*.journal")),

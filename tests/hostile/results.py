@@ -6,12 +6,14 @@ import json
 import random
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 from conftest import TESTS  # noqa: F401 - makes the modules of tests/ importable
 from hostile.harness import RefusedError, call
 from instant_worker import InstantWorker
 from rich_rows import exits_row, rich_result
 from sample_results import EXITS, NO_GPU, measured_row, result
+from service_samples import measured, measured_result
 
 from toolchain.artifacts import store
 from toolchain.artifacts.manifest import Manifest, TensorSpec
@@ -23,6 +25,7 @@ from toolchain.bench.cells import Cell
 from toolchain.bench.journal import Journal
 from toolchain.bench.run import make_result
 from toolchain.bench.scenarios import Protocol
+from toolchain.capacity import replicas
 from toolchain.compare.rows import compare
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder
@@ -144,9 +147,32 @@ def report_results(folder: Path, rng: random.Random) -> None:
     call("compare", *sorted(folder.glob("*.json")), "--format", "html", "--exported", folder / "exported")
 
 
+def write_service_times(folder: Path) -> None:
+    """Writes a result file with the times of batches and of pauses."""
+    slow = measured(9000.0, variant="torch-fp32", rounds=3, wake_us={0: 0, 1000: 500})
+    measured_result(measured(wake_us={0: 0, 1000: 200, 16_000: 1000}), slow).write(folder / "service.json")
+
+
+GOALS = (("--rows", "1e9", "--within", "1h"), ("--qps", "800", "--p99-ms", "50"), ("--qps", "1e5", "--p99-ms", "1e6"))
+
+
+def plan_capacity(folder: Path, rng: random.Random) -> None:
+    """Plans one of the goals, with short simulations."""
+    with patch.multiple(replicas, QUERIES=200, SEEDS=4):
+        call("plan", folder / "service.json", *rng.choice(GOALS), "--price", "0.04")
+
+
 TEXTS = tuple(f"sentence number {i} {'word ' * (i % 7)}" for i in range(24))
 PROTOCOL = Protocol(
-    passes=1, min_s=0.001, pass_s=40, starts=2, threads=1, batch_size=8, by_length=True, server_qps=100.0
+    passes=1,
+    min_s=0.001,
+    pass_s=40,
+    starts=2,
+    threads=1,
+    batch_size=8,
+    by_length=True,
+    service_times=True,
+    server_qps=100.0,
 )
 
 

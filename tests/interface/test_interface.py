@@ -87,7 +87,7 @@ PUBLIC = {
     "Comparison.save": "path *",
     "Comparison.to_pandas": "*",
     "Model.bench": "variants * quick provider data text_column text_pair_column label_column split threads batch_size "
-    "by_length device_id allow_fallback save_as force resume",
+    "by_length service_times device_id allow_fallback save_as force resume",
     "Model.build": "variant *",
     "Model.exits": "parent * layers max_drop name",
     "Model.finetune": "output * epochs lr batch_size max_length labels multi_label regression entities teacher seed "

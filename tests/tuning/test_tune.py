@@ -21,7 +21,7 @@ from toolchain.artifacts.variants import lineage
 from toolchain.build import pipeline
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
-from toolchain.cli.tune import Duration
+from toolchain.cli.options import Duration
 from toolchain.data import inputs
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import ArtifactError, PruningError, VerdictError
@@ -444,8 +444,8 @@ def test_as_baseline_returns_the_default_quantisation(objective):
 
 def test_a_duration_needs_a_number_and_a_unit():
     kind = Duration()
-    assert [kind.convert(text, None, None) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
-    for wrong_text in ("20", "m", "-1m", "0m", "20 m", "1d"):
+    assert [kind.convert(text, None, None) for text in ("90s", "20m", "1.5h", "2d")] == [90, 1200, 5400, 172_800]
+    for wrong_text in ("20", "m", "-1m", "0m", "20 m", "1w", f"{'9' * 400}h"):
         with pytest.raises(Exception, match="not a duration"):
             kind.convert(wrong_text, None, None)
 

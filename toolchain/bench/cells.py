@@ -12,7 +12,7 @@ from toolchain.artifacts.store import Artifact
 from toolchain.bench import server
 from toolchain.bench.noise import Noise
 from toolchain.bench.process import Worker
-from toolchain.bench.scenarios import LENGTHS, OFFLINE, SERVER, SINGLE, Protocol, length_kind
+from toolchain.bench.scenarios import LENGTHS, MIXED, OFFLINE, PAUSED, PAUSES_US, SERVER, SINGLE, Protocol, length_kind
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
 from toolchain.data.labels import REGRESSION, Answer
@@ -153,14 +153,13 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
     manifest, first = item.artifact.manifest, item.starts[0]
     singles, batches = _sort_replies(item, SINGLE), _sort_replies(item, OFFLINE)
     latency = Samples.from_single([_flatten(reply["us"]) for reply in singles])
-    tokenizing_us = [_flatten([reply["tokenizing_us"]]) for reply in singles]
-    with_tokenizing = Samples.from_single(
-        [
-            [us + extra for us, extra in zip(_flatten(r["us"]), extra_us, strict=True)]
-            for r, extra_us in zip(singles, tokenizing_us, strict=True)
-        ]
-    )
-    offline = Samples.from_rounds([_flatten(r["us"]) for r in batches], [r["sizes"] * len(r["us"]) for r in batches])
+    with_tokenizing = Samples.from_single([_add_tokenizing(reply) for reply in singles])
+    offline = Samples.from_rounds([_flatten(r["us"]) for r in batches], _sizes_of(batches))
+    mixed = _sort_replies(item, MIXED) if MIXED in item.turns else []
+    after_pause = {
+        pause_us: Samples.from_single([reply["us"][index] for reply in _sort_replies(item, PAUSED)])
+        for index, pause_us in enumerate(PAUSES_US if PAUSED in item.turns else ())
+    }
     resident = Samples.from_single([r["resident_us"] for r in singles]) if singles[0]["resident_us"] else None
     cold_start, load = (
         Samples.from_single([[start[key]] for start in item.starts]) for key in ("cold_start_us", "load_us")
@@ -208,12 +207,14 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
         latency=latency,
         with_tokenizing=with_tokenizing,
         batches=offline,
+        mixed_batches=Samples.from_rounds([_add_tokenizing(r) for r in mixed], _sizes_of(mixed)) if mixed else None,
         resident=resident,
         cold_start=cold_start,
         load=load,
         server_ms=served.samples.milliseconds() if served else {},
         server=served.samples if served else None,
         by_length=by_length,
+        after_pause=after_pause,
         predictions=tuple((single_answers if single_score else batched_answers)[i] for i in range(count)),
         probabilities=tuple(probabilities.get(i) for i in range(count)) if data.label_set.labels_texts else (),
         exits=tuple(item.exits.get(i) if i in single_answers else None for i in range(count)) if item.exits else (),
@@ -236,6 +237,16 @@ def _exactness_fact(item: Running) -> dict[str, Any]:
 
 def _sort_replies(item: Running, kind: str) -> list[dict[str, Any]]:
     return [reply for _, reply in sorted(item.turns[kind].items())]
+
+
+def _add_tokenizing(reply: Mapping[str, Any]) -> list[int]:
+    """Returns the microseconds of each batch of a reply, tokenising included."""
+    return [us + extra for us, extra in zip(_flatten(reply["us"]), reply["tokenizing_us"], strict=True)]
+
+
+def _sizes_of(replies: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Returns the number of sentences of each measured batch, by reply."""
+    return [reply["sizes"] * len(reply["us"]) for reply in replies]
 
 
 def _flatten(rows: Sequence[Sequence[Any]]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from toolchain import errors
-from toolchain.bench.scenarios import LENGTHS, OFFLINE, SERVER, SINGLE, Turn, length_kind
+from toolchain.bench.scenarios import LENGTHS, MIXED, OFFLINE, PAUSED, PAUSES_US, SERVER, SINGLE, Turn, length_kind
 from toolchain.data.labels import MULTI, REGRESSION, TOKENS, Answer, LabelSet
 from toolchain.results.facts import GpuMemory, Memory, SessionFacts
 from toolchain.results.measurements import MAX_TIME_US, PROBABILITY
@@ -176,7 +176,7 @@ class _TurnRecord(_Record):
     reply: TurnReply
 
     def __post_init__(self) -> None:
-        if self.turn is None or self.kind not in (SINGLE, OFFLINE, *map(length_kind, LENGTHS)):
+        if self.turn is None or self.kind not in (SINGLE, OFFLINE, MIXED, PAUSED, *map(length_kind, LENGTHS)):
             raise ValueError("the kind or the number of a turn is unknown")
 
 
@@ -214,6 +214,10 @@ def fits_plan(reply: TurnReply, work: Turn, label_set: LabelSet, labels: Sequenc
     sizes = [len(batch) for batch in work.batches]
     if not reply["us"] or any(len(row) != len(sizes) for row in reply["us"]):
         return False
+    if work.kind == PAUSED:
+        return len(reply["us"]) == len(PAUSES_US)
+    if work.kind == MIXED:
+        return reply.get("sizes") == sizes and len(reply["tokenizing_us"]) == len(reply["us"]) * len(sizes)
     if work.kind not in (SINGLE, OFFLINE):
         return True
     sentences = [index for batch in work.batches for index in batch]

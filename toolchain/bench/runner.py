@@ -15,7 +15,7 @@ from toolchain.bench.cells import Cell, Running, make_row, make_row_without_figu
 from toolchain.bench.journal import Journal, invalid_journal
 from toolchain.bench.journal_records import TurnReply, fits_plan
 from toolchain.bench.process import Worker
-from toolchain.bench.scenarios import LENGTHS, OFFLINE, SERVER, SINGLE, Protocol, Turn
+from toolchain.bench.scenarios import LENGTHS, MIXED, OFFLINE, PAUSED, SERVER, SINGLE, Protocol, Turn
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
 from toolchain.errors import ToolchainError
@@ -94,6 +94,7 @@ class _Bench:
         self._progress, self._backends, self._journal = progress, backends, journal
         self._started = time.monotonic()
         self._ids = encoder.encode(data.texts)
+        self._token_counts = list(map(len, self._ids))
         self._order = random.Random(protocol.seed).sample(range(len(self._ids)), len(self._ids))
         self._lengths = [n for n in LENGTHS if protocol.by_length and n <= encoder.max_length]
         self._singles: list[int] = []
@@ -111,9 +112,10 @@ class _Bench:
                 self._run_action(index, self._start_process)
         slowest = max((item.sentence_s for item in self.running.values()), default=0.0)
         self._singles = scenarios.choose_sentences(len(self._ids), slowest, self._protocol)
-        batches = scenarios.offline_batches(list(map(len, self._ids)), self._protocol.batch_size)
+        batches = scenarios.offline_batches(self._token_counts, self._protocol.batch_size)
         self._check_records(batches)
-        done, total = 0, self._protocol.rounds * (2 + len(self._lengths)) * len(self.running)
+        kinds = 2 + len(self._lengths) + 2 * self._protocol.service_times
+        done, total = 0, self._protocol.rounds * kinds * len(self.running)
         for turn in range(self._protocol.rounds):
             # The seed contains the number of the round, so a resumed run measures the cells in the same order as the
             # interrupted run.
@@ -122,7 +124,7 @@ class _Bench:
                 for index in self._shuffle(rng):
                     if not any(turn in replies for replies in self.running[index].turns.values()):
                         self._run_action(index, self._start_process)
-            for work in scenarios.turns(turn, self._singles, batches, self._lengths, self._protocol):
+            for work in self._plan_turns(turn, batches):
                 for index in self._shuffle(rng):
                     item = self.running[index]
                     if item.failure is None and turn not in item.turns.get(work.kind, {}):
@@ -136,6 +138,9 @@ class _Bench:
             self._run_action(index, self._require_peak, batches)
             self._run_action(index, self._time_exactness)
             self._run_action(index, self._find_exits)
+
+    def _plan_turns(self, turn: int, batches: Sequence[list[int]]) -> list[Turn]:
+        return scenarios.turns(turn, self._singles, batches, self._lengths, self._token_counts, self._protocol)
 
     def _measure_server(self) -> None:
         """Measures all turns of the scenario ``server``, in which the cells also alternate."""
@@ -176,9 +181,7 @@ class _Bench:
             ResultFileError: A record does not fit the plan, so the journal is invalid.
         """
         planned = {
-            (work.kind, turn): work
-            for turn in range(self._protocol.rounds)
-            for work in scenarios.turns(turn, self._singles, batches, self._lengths, self._protocol)
+            (work.kind, turn): work for turn in range(self._protocol.rounds) for work in self._plan_turns(turn, batches)
         }
         label_set, labels = self._data.label_set, self._data.labels
         for item in self.running.values():
@@ -335,9 +338,11 @@ class _Bench:
             # makes the first round 10 % longer than `work.min_s`.
             "repeats": len(earlier_replies[min(earlier_replies)]["us"]) if earlier_replies else 0,
             "min_s": work.min_s * SPARE_TIME,
-            "tokenizing": single,
+            "tokenizing": single or work.kind == MIXED,
             "resident": single and item.cell.provider != "cpu",
         }
+        if work.kind == PAUSED:
+            message = {"do": "pauses", "batches": work.batches, "pauses_us": scenarios.PAUSES_US}
         expected_s = item.sentence_s * sum(map(len, work.batches))
         with item.noise.watch([worker.pid]):
             reply = worker.ask(message, TURN_TIMEOUT_S + 10 * (expected_s + work.min_s))
@@ -346,6 +351,7 @@ class _Bench:
             reply["answered"] = [i for batch in work.batches for i in batch]
         elif work.kind == OFFLINE:
             reply |= {"answered": [i for batch in work.batches for i in batch], "probabilities": []}
+        if work.kind in (OFFLINE, MIXED):
             reply["sizes"] = [len(batch) for batch in work.batches]
         self._record(index, work.kind, reply, turn)
 

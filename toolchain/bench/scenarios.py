@@ -3,7 +3,8 @@
 The scenarios ``single-stream`` and ``offline`` come from MLPerf Inference. ``single-stream`` sends one sentence at a
 time, without padding, and sends all sentences equally often. ``offline`` sends all sentences in batches, sorted by
 length. ``cold-start`` is the time from the start of a process to its first answer. ``server``, which also comes from
-MLPerf Inference, is in `toolchain.bench.server`.
+MLPerf Inference, is in `toolchain.bench.server`. The service times of a server are two more kinds of turns: ``mixed
+batches`` sends batches of random sentences, and ``pauses`` sends single sentences after pauses.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from toolchain.backends import Place
 
-SINGLE, OFFLINE, SERVER = "single-stream", "offline", "server"
+SINGLE, OFFLINE, SERVER, MIXED, PAUSED = "single-stream", "offline", "server", "mixed batches", "pauses"
 SLICES = 8  # Number of rounds that together measure each sentence once.
 MOST_SENTENCES = 2000  # Maximum number of sentences at batch size 1; a random sample replaces a larger data set.
 FEWEST_SENTENCES = 100
@@ -22,6 +23,14 @@ FEWEST_SENTENCES = 100
 TOKENS_A_SENTENCE = 64
 LENGTHS = (16, 32, 64, 128, 256, 512)
 LENGTH_SHARE = 0.1  # minimum measuring time for each token count, as a share of a scenario's minimum time
+# Fewest batches of each size that a turn of mixed batches measures, and fewest sentences in the batches of one size.
+MIXED_BATCHES, MIXED_SENTENCES = 4, 32
+# Microseconds of the pauses before single sentences. After a pause, caches are cold and the processor has to wake up.
+PAUSES_US = (0, 250, 1000, 4000, 16_000, 64_000)
+PAUSED_SENTENCES = 8  # number of sentences that a turn measures once after each pause
+# Number of random batches after which a size is left out, because it does not fit. With more tries, the large batches
+# would have short sentences only.
+MIXED_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class Protocol:
         threads: Number of threads on the host.
         batch_size: Maximum number of sentences in a batch.
         by_length: Whether to measure, besides the scenarios, the latency for each number of tokens in `LENGTHS`.
+        service_times: Whether to measure, besides the scenarios, batches of 2, 4, 8, … random sentences, and single
+            sentences after the pauses `PAUSES_US`.
         server_p99_ms: Largest p99 of the scenario ``server`` in milliseconds. The benchmark searches the highest rate
             that keeps this p99; None for no search.
         server_qps: Rate of the scenario ``server`` in queries per second; None for no fixed rate. Without a fixed rate
@@ -54,6 +65,7 @@ class Protocol:
     threads: int
     batch_size: int = 32
     by_length: bool = False
+    service_times: bool = False
     server_p99_ms: float | None = None
     server_qps: float | None = None
     seed: int = 20
@@ -85,8 +97,8 @@ class Turn:
     """One cell's turn in a round.
 
     Attributes:
-        kind: The kind of turn: the scenario ``single-stream`` or ``offline``, or a text such as ``128 tokens``. The
-            text ``128 tokens`` means that the turn measures one sentence of 128 tokens.
+        kind: The kind of turn: the scenario ``single-stream`` or ``offline``, ``mixed batches``, ``pauses``, or a text
+            such as ``128 tokens``. The text ``128 tokens`` means that the turn measures one sentence of 128 tokens.
         batches: Indices of the sentences of each batch.
         min_s: Minimum seconds of the turn; the cell repeats the batches until these seconds are over.
     """
@@ -146,8 +158,52 @@ def fits_batch(count: int, longest: int, size: int) -> bool:
     return count == 1 or (count <= size and count * longest <= size * TOKENS_A_SENTENCE)
 
 
+def mixed_batches(
+    turn: int, sentences: Sequence[int], token_counts: Sequence[int], protocol: Protocol
+) -> list[list[int]]:
+    """Returns random batches of random sentences, for each size in `batch_sizes`.
+
+    A server receives such batches: their sentences are not sorted by length, so padding takes more time than in the
+    scenario ``offline``. Each batch satisfies `fits_batch`. A size is left out if `MIXED_TRIES` random batches of this
+    size do not fit.
+
+    Args:
+        turn: Number of the round, from 0.
+        sentences: Indices of the sentences to choose from.
+        token_counts: Number of tokens of each sentence of the data.
+        protocol: The settings of the benchmark.
+    """
+    rng = random.Random(f"{MIXED} {protocol.seed} {turn}")
+    batches: list[list[int]] = []
+    for size in batch_sizes(protocol.batch_size):
+        for _ in range(max(MIXED_BATCHES, MIXED_SENTENCES // size)):
+            tries = (rng.choices(sentences, k=size) for _ in range(MIXED_TRIES))
+            fitting = (t for t in tries if fits_batch(size, max(token_counts[i] for i in t), protocol.batch_size))
+            if (batch := next(fitting, None)) is None:
+                break
+            batches.append(batch)
+    rng.shuffle(batches)
+    return batches
+
+
+def paused_sentences(turn: int, sentences: Sequence[int], protocol: Protocol) -> list[list[int]]:
+    """Returns `PAUSED_SENTENCES` random sentences, each as a batch of its own; `turn` is the round, from 0."""
+    chosen = random.Random(f"{PAUSED} {protocol.seed} {turn}").choices(sentences, k=PAUSED_SENTENCES)
+    return [[index] for index in chosen]
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """Returns the sizes of mixed batches: 2, 4, 8, … below `largest`, and `largest` itself unless it is 1."""
+    return [*(1 << power for power in range(1, (largest - 1).bit_length())), *([largest] if largest > 1 else [])]
+
+
 def turns(
-    turn: int, sentences: Sequence[int], batches: Sequence[list[int]], lengths: Sequence[int], protocol: Protocol
+    turn: int,
+    sentences: Sequence[int],
+    batches: Sequence[list[int]],
+    lengths: Sequence[int],
+    token_counts: Sequence[int],
+    protocol: Protocol,
 ) -> list[Turn]:
     """Returns the turns of every cell in one round; leaves out turns without a batch.
 
@@ -156,6 +212,7 @@ def turns(
         sentences: Indices of the sentences measured at batch 1.
         batches: All batches of the offline scenario.
         lengths: Token counts of the synthetic sentences, whose indices follow the indices of the data's sentences.
+        token_counts: Number of tokens of each sentence of the data.
         protocol: The settings of the benchmark.
     """
     start, min_s = turn % SLICES, protocol.min_s / protocol.rounds
@@ -165,4 +222,7 @@ def turns(
     ]
     count = sum(map(len, batches))
     all_turns += [Turn(length_kind(n), [[count + i]], min_s * LENGTH_SHARE) for i, n in enumerate(lengths)]
+    if protocol.service_times:
+        all_turns.append(Turn(MIXED, mixed_batches(turn, sentences, token_counts, protocol), 0.0))
+        all_turns.append(Turn(PAUSED, paused_sentences(turn, sentences, protocol), 0.0))
     return [item for item in all_turns if item.batches]

@@ -162,6 +162,35 @@ class _Child:
             self._gpu.read()
         return {**result, **self._check_and_decode(outputs, batches)}
 
+    def pauses(self, batches: list[list[int]], pauses_us: list[int]) -> dict[str, Any]:
+        """Measures each batch once after each pause, tokenising included, from the planned end of the pause.
+
+        Each batch begins with another pause, so that no pause always follows the same one.
+
+        Args:
+            batches: Indices of the sentences of each batch.
+            pauses_us: The pauses in microseconds.
+
+        Returns:
+            ``us`` is the microseconds by pause and batch. The other values are those of `run`, and empty.
+        """
+        times = [[0] * len(batches) for _ in pauses_us]
+        gc.collect()
+        gc.disable()
+        try:
+            for number, batch in enumerate(batches):
+                for offset in range(len(pauses_us)):
+                    index = (number + offset) % len(pauses_us)
+                    self._session.run(self._encode_batch(batch))
+                    planned_ns = time.perf_counter_ns() + 1000 * pauses_us[index]
+                    if pauses_us[index]:
+                        time.sleep(pauses_us[index] / 1e6)
+                    self._session.run(self._encode_batch(batch))
+                    times[index][number] = _elapsed_us(planned_ns)
+        finally:
+            gc.enable()
+        return {"us": times, "tokenizing_us": [], "resident_us": [], "answers": [], "probabilities": []}
+
     def server(
         self, arrivals_us: list[int], sentences: list[int], late_us: int, most_late: int, batch_size: int
     ) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from toolchain.cli.export import export
 from toolchain.cli.finetune import finetune
 from toolchain.cli.init import init
 from toolchain.cli.output import echo, echo_error, echo_usage_error
+from toolchain.cli.plan import plan
 from toolchain.cli.predict import predict
 from toolchain.cli.prune import prune
 from toolchain.cli.quantize import quantize
@@ -60,6 +61,7 @@ for command in (
     build,
     bench,
     compare,
+    plan,
     validate,
     ship,
     verify,

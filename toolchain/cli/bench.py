@@ -67,6 +67,12 @@ if TYPE_CHECKING:
 )
 @click.option("--by-length", is_flag=True, help="Also measure latency at 16, 32, … 512 tokens.")
 @click.option(
+    "--service-times",
+    is_flag=True,
+    help="Also measure the times that `toolchain plan --qps` needs: batches of 2, 4, 8, … random sentences, and single "
+    "sentences after pauses.",
+)
+@click.option(
     "--scenario",
     type=click.Choice(["server"]),
     help="Also measure this scenario. server: sentences arrive at random times, and their waiting counts.",
@@ -104,6 +110,7 @@ def bench(
     split: str | None,
     batch_size: int,
     by_length: bool,
+    service_times: bool,
     scenario: str | None,
     p99_ms: float | None,
     qps: float | None,
@@ -154,6 +161,7 @@ def bench(
         threads,
         batch_size=batch_size,
         by_length=by_length,
+        service_times=service_times,
         server_p99_ms=(p99_ms or DEFAULT_P99_MS) if scenario and not qps else None,
         server_qps=qps,
         device_id=device_id,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from toolchain.cli.completion import complete_variants
-from toolchain.cli.options import json_option, model_options, open_workspace, results_option
+from toolchain.cli.options import json_option, model_options, open_workspace, require_finite, results_option
 from toolchain.cli.output import echo, echo_json
 from toolchain.results.providers import PROVIDERS
 
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
     from toolchain.results.result_file import ResultFile
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _require_finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):  # `click.FloatRange` does not reject NaN and infinity
-        raise click.BadParameter("must be a finite number")
-    return value
 
 
 def _parse_share(_: click.Context, __: click.Parameter, value: str) -> float:
@@ -56,22 +49,22 @@ def gate_options(command: F) -> F:
             help="Compare with this older run; exit code 3 if a cell is worse.",
         ),
         click.option(
-            "--max-memory-mb", type=number, callback=_require_finite, metavar="MB", help="Highest allowed peak memory."
+            "--max-memory-mb", type=number, callback=require_finite, metavar="MB", help="Highest allowed peak memory."
         ),
         click.option(
-            "--max-size-mb", type=number, callback=_require_finite, metavar="MB", help="Largest allowed artifact."
+            "--max-size-mb", type=number, callback=require_finite, metavar="MB", help="Largest allowed artifact."
         ),
         click.option(
             "--max-p95-ms",
             type=number,
-            callback=_require_finite,
+            callback=require_finite,
             metavar="MS",
             help="Highest allowed p95 latency at batch 1.",
         ),
         click.option(
             "--max-drop",
             type=number,
-            callback=_require_finite,
+            callback=require_finite,
             metavar="POINTS",
             help="Largest allowed accuracy drop. Exit code 3 if no row meets all limits.",
         ),

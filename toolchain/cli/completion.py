@@ -1,12 +1,13 @@
 """Shell completion: built variants, imported models, error codes and files.
 
-The shell waits for these functions while the user types. So they are fast: they read only the names of folders, and
-import no large library. If a folder cannot be read, they return no completion, because a message would appear in the
-middle of the user's line.
+The shell waits for these functions while the user types. So they are fast: they read only the names of folders and
+one result file, and import no large library. If a folder or the file cannot be read, they return no completion, because
+a message would appear in the middle of the user's line.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def complete_variants_or_codes(
     if incomplete.startswith("E"):
         return _items([explanation.code for explanation in all_explanations()], incomplete)
     return _items(_built_variants(context), incomplete)
+
+
+def complete_variants_in_result(
+    context: click.Context, _: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """Returns the variants in the result file of the argument RESULT whose names begin with `incomplete`."""
+    # Before the value of the last option, Click leaves the argument among the words that it has not parsed.
+    files = [context.params.get("result"), *context.args]
+    return _items(_measured_variants(next((Path(file) for file in files if file), None)), incomplete)
 
 
 def complete_models(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
@@ -80,6 +90,18 @@ def _built_variants(context: click.Context) -> list[str]:
         return [path.name for path in folder.iterdir() if is_variant(path.name) and (path / MANIFEST).is_file()]
     except OSError:
         return []  # no model has this name, or nothing is built
+
+
+def _measured_variants(file: Path | None) -> list[str]:
+    from toolchain.artifacts.variants import is_variant
+    from toolchain.system.decoding import read_bytes
+
+    try:
+        rows = json.loads(read_bytes(file)).get("rows", []) if file else []
+        names = [row.get("variant") for row in rows if isinstance(row, dict)]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return []  # the file is missing, or is no result file
+    return [name for name in names if isinstance(name, str) and is_variant(name)]
 
 
 def _imported_models(context: click.Context) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,31 @@ if TYPE_CHECKING:
     from toolchain.data.inputs import TrainingSource
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+class Duration(click.ParamType):
+    """A duration such as ``90s``, ``20m``, ``2h`` or ``1d``; its value is in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See `click.ParamType.convert`."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,12})?)([smhd])", str(value))
+        if not match or not float(match[1]):
+            self.fail(f"{value!r} is not a duration such as 90s, 20m, 2h or 1d.", param, ctx)
+        return float(match[1]) * _UNITS[match[2]]
+
+
+def require_finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    """Refuses NaN and infinity, which `click.FloatRange` does not reject, as the callback of an option."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter("must be a finite number")
+    return value
 
 
 def debug_option(command: F) -> F:

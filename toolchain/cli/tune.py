@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,15 @@ import click
 from click.core import ParameterSource
 
 from toolchain.cli.completion import complete_files, complete_variants
-from toolchain.cli.options import DATA, json_option, model_options, open_workspace, results_option, training_options
+from toolchain.cli.options import (
+    DATA,
+    Duration,
+    json_option,
+    model_options,
+    open_workspace,
+    results_option,
+    training_options,
+)
 from toolchain.cli.output import echo, echo_json
 
 if TYPE_CHECKING:
@@ -19,23 +26,6 @@ if TYPE_CHECKING:
     from toolchain.build.workspace import Workspace
     from toolchain.data.inputs import TrainingSource
     from toolchain.results.session_file import SessionFile
-
-_UNITS = {"s": 1, "m": 60, "h": 3600}
-
-
-class Duration(click.ParamType):
-    """A duration such as ``90s``, ``20m`` or ``2h``; its value is in seconds."""
-
-    name = "duration"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """See `click.ParamType.convert`."""
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", str(value))
-        if not match or not float(match[1]):
-            self.fail(f"{value!r} is not a duration such as 90s, 20m or 2h.", param, ctx)
-        return float(match[1]) * _UNITS[match[2]]
 
 
 @click.command()

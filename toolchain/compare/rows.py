@@ -304,7 +304,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """Returns the row for JSON with ratios, intervals and marks, but without samples and values of sentences."""
         body = self.measurement.to_json()
-        for name in ("samples", "predictions", "probabilities", "exits"):
+        for name in ("samples", "after_pause", "predictions", "probabilities", "exits"):
             body.pop(name, None)
         if self.measurement.by_length:
             body["by_length"] = {n: samples.milliseconds() for n, samples in self.measurement.by_length.items()}

@@ -220,6 +220,7 @@ TEXTS: dict[type[ToolchainError], ErrorText] = {
             "The variant does not run on the requested execution provider.",
             "A process of the benchmark crashed, or ran out of memory.",
             "The model returned a value that is not finite.",
+            "The result file lacks the samples that `plan` needs.",
         ),
         (
             "Measure the model with `toolchain bench`.",
@@ -290,12 +291,14 @@ TEXTS: dict[type[ToolchainError], ErrorText] = {
             "No row of the comparison is within all limits.",
             "A figure is worse than in the old run by more than `--max-regression` allows.",
             "A bundle was modified, has another id or signature than expected, or computes other logits.",
+            "No variant of the result file can reach the goal of `plan`.",
         ),
         (
             "For a failed validation, use the settings that the message suggests, such as more layers in fp32.",
             "For a limit, choose another variant or a looser limit.",
             "For a regression, measure again on an idle machine, and then look for the cause.",
             "For a bundle, do not use it. Get it again from its author, or build it again.",
+            "For a plan, allow more time or a larger p99, or measure a faster variant.",
         ),
     ),
 }

@@ -17,8 +17,9 @@ OPTIONS = (
     *("model", "exported", "train-data", "text-column", "text-pair-column", "label-column", "split", "results", "data"),
     *("backend", "scheme", "isa", "embeddings", "keep-fp32", "max-drop", "trim-vocab", "name", "no-pass", "layers"),
     *("ratio", "method", "cost", "recover", "exits", "optimize", "opset", "exporter", "revision", "base"),
-    *("quick", "provider", "threads", "batch-size", "by-length", "device-id", "allow-fallback", "save-as", "force"),
-    *("resume", "baseline", "filter", "sort", "target", "output", "demo", "with-tokenizer", "license"),
+    *("quick", "provider", "threads", "batch-size", "by-length", "service-times", "device-id", "allow-fallback"),
+    *("save-as", "force", "resume", "baseline", "filter", "sort", "target", "output", "demo", "with-tokenizer"),
+    *("license",),
     *("exit-confidence", "id", "key", "root-certificate"),
     *("epochs", "lr", "max-length", "labels", "multi-label", "regression", "entities", "teacher", "seed"),
 )

@@ -365,6 +365,7 @@ class Model:
         threads: int | None = None,
         batch_size: int = 32,
         by_length: bool = False,
+        service_times: bool = False,
         device_id: int = 0,
         allow_fallback: bool = False,
         save_as: str | None = None,
@@ -386,6 +387,8 @@ class Model:
             threads: Number of CPU threads; None for the number of physical cores.
             batch_size: Largest number of sentences in a batch.
             by_length: Whether to also measure the latency at 16, 32, … 512 tokens.
+            service_times: Whether to also measure batches of 2, 4, 8, … random sentences, and single sentences after
+                pauses.
             device_id: Number of the GPU.
             allow_fallback: Whether the CPU may run operators that the provider cannot run.
             save_as: Name of a result file to commit; None for a local file.
@@ -424,6 +427,7 @@ class Model:
             threads,
             batch_size=batch_size,
             by_length=by_length,
+            service_times=service_times,
             device_id=device_id,
             allow_fallback=allow_fallback,
         )

@@ -26,7 +26,7 @@ QUANTILES_OF = {
     "load_ms": "load",
     "server_ms": "server",
 }
-SAMPLES = (*QUANTILES_OF.values(), "batches")
+SAMPLES = (*QUANTILES_OF.values(), "batches", "mixed_batches")
 BATCHED = "_batched"  # ending of the key of a score in batches
 FIGURES = ("throughput_per_s", "memory_bytes", "size_bytes", "facts", "noise")
 PROBABILITY = 10_000  # a result file stores a probability of 1 as this integer
@@ -130,11 +130,16 @@ class Measurement:
         latency: Times of the scenario ``single-stream``: batch 1, each sentence at its own length.
         with_tokenizing: Times of the scenario ``single-stream`` with tokenisation included.
         batches: Times of the scenario ``offline``: the sentences are sorted by length and run in batches.
+        mixed_batches: Times of batches of random sentences with tokenisation included, as a server receives them; the
+            benchmark measures them only with `--service-times`.
         resident: Times at batch 1 on a GPU, without the copies to and from the GPU.
         cold_start: Times from the start of a process to its first result.
         load: Times to load a session from its files.
         server: Latencies of the scenario ``server``: queries arrive at random, and waiting counts.
         by_length: Number of tokens → times at batch 1 with a sentence of this length.
+        after_pause: Microseconds of a pause → times at batch 1 after such a pause, with tokenisation included, from the
+            planned end of the pause. All pauses have the same sentences in the same order. The benchmark measures them
+            only with `--service-times`.
         predictions: Answer to each sentence, as in `toolchain.data.labels`.
         probabilities: Probabilities of the labels for each sentence, as integers from 0 to `PROBABILITY`; None for a
             sentence that was not run at batch 1. Empty for regression and token classification.
@@ -167,11 +172,13 @@ class Measurement:
     latency: Samples | None = None
     with_tokenizing: Samples | None = None
     batches: Samples | None = None
+    mixed_batches: Samples | None = None
     resident: Samples | None = None
     cold_start: Samples | None = None
     load: Samples | None = None
     server: Samples | None = None
     by_length: Mapping[int, Samples] = field(default_factory=dict)
+    after_pause: Mapping[int, Samples] = field(default_factory=dict)
     predictions: tuple[Answer, ...] = ()
     probabilities: tuple[tuple[int, ...] | None, ...] = ()
     exits: tuple[int | None, ...] = ()
@@ -203,8 +210,9 @@ class Measurement:
             if score:
                 row[score.key + ending] = score.to_json()
         row["samples"] = {name: _samples_json(s) for name in SAMPLES if (s := getattr(self, name))}
-        if self.by_length:
-            row["by_length"] = {str(tokens): _samples_json(s) for tokens, s in self.by_length.items()}
+        for name in ("by_length", "after_pause"):
+            if tables := getattr(self, name):
+                row[name] = {str(key): _samples_json(samples) for key, samples in tables.items()}
         for name in ("predictions", "probabilities", "exits"):
             if values := getattr(self, name):
                 row[name] = list(values)

@@ -279,6 +279,7 @@ class _StoredRow:
     noise: dict[Line, Amount] = field(default_factory=dict)
     samples: dict[Line, _StoredSamples] = field(default_factory=dict)
     by_length: dict[Count, _StoredSamples] = field(default_factory=dict)
+    after_pause: dict[Count, _StoredSamples] = field(default_factory=dict)
     predictions: tuple[Answer, ...] = ()
     probabilities: tuple[tuple[int, ...] | None, ...] = ()
     exits: tuple[Count | None, ...] = ()
@@ -298,7 +299,8 @@ class _StoredRow:
             if len(stored) > 1:
                 raise ValueError(f"{self.cell} has the scores of two tasks")
             values[field_name] = stored[0].to_score() if stored else None
-        values["by_length"] = {tokens: samples.to_samples() for tokens, samples in self.by_length.items()}
+        for name in ("by_length", "after_pause"):
+            values[name] = {key: samples.to_samples() for key, samples in getattr(self, name).items()}
         row = Measurement(**values)
         if row.cell != self.cell:
             raise ValueError(f"the cell {self.cell!r} does not match its variant and provider {row.cell!r}")

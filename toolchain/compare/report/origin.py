@@ -20,6 +20,7 @@ PROTOCOL = {
     "batch_size": "sentences in a batch",
     "single_sentences": "sentences measured at batch 1",
     "by_length": "measured by length too",
+    "service_times": "measured as a server too",
     "seed": "seed",
     "device_id": "GPU",
     "allow_fallback": "sessions may fall back to the CPU",

@@ -10,6 +10,7 @@ from toolchain.compare.limits import Verdict, chance_remark
 from toolchain.compare.regressions import Change, Pair, Regressions
 from toolchain.compare.report.columns import score_names
 from toolchain.compare.rows import Row
+from toolchain.system.columns import align
 
 # Figure → displayed name, name of the cost, displayed unit, and the factor from the displayed unit to the stored unit.
 _SHOWN = {
@@ -163,13 +164,7 @@ def _table(pairs: Sequence[Pair]) -> list[str]:
         if pair.changes:
             by_figure = {change.figure: _change_text(change) for change in pair.changes}
             rows.append([pair.old.measurement.cell, *(by_figure.get(name, "–") for name in shown)])
-    if len(rows) == 1:
-        return []
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(rest, widths[1:], strict=True))])
-        for first, *rest in rows
-    ]
+    return align(rows) if len(rows) > 1 else []
 
 
 def _change_text(change: Change) -> str:
