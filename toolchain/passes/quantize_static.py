@@ -120,7 +120,7 @@ def quantize_static(
             f"{uncalibrated_inputs[0]} has no calibrated scale.", "Calibrate on the same graph that you quantise."
         )
     attend = attend or partial(build_qattention, codes=partial(fixed_codes, context.activations))
-    return quantize_linear(model, context, partial(product, context.activations), attend)
+    return quantize_linear(model, context, partial(product, context.activations), attend, shares_scale=False)
 
 
 def _calibrated_names(activations: Activations) -> set[str]:
