@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -66,20 +65,6 @@ def factor(table: torch.Tensor, weights: torch.Tensor, rank: int) -> tuple[torch
         centred = part.double() - mean
         covariance += centred.T @ (centred * weight[:, None])
     _, vectors = torch.linalg.eigh(covariance)  # in ascending order of their share of the squared values
-    basis = vectors[:, -rank:] @ _rotation(rank)
+    basis = vectors[:, -rank:]
     rows = torch.cat([(part.double() - mean) @ basis for part, _ in parts])
     return rows.to(table.dtype), basis.to(table.dtype), mean.to(table.dtype)
-
-
-def _rotation(rank: int) -> torch.Tensor:
-    """Returns the orthogonal matrix of the discrete cosine transform (DCT-II), of shape [rank, rank].
-
-    The first principal components have by far the largest values. The rotation spreads them over all columns, so that
-    the values of a row have about the same size. Codes of few bits with one scale for a row then lose less.
-    """
-    import torch
-
-    index = torch.arange(rank, dtype=torch.float64)
-    matrix = torch.cos(math.pi / rank * index[:, None] * (index[None, :] + 0.5)) * math.sqrt(2 / rank)
-    matrix[0] = math.sqrt(1 / rank)
-    return matrix
