@@ -16,17 +16,7 @@ from tiny_architectures import ARCHITECTURES, make
 
 from toolchain import passes
 from toolchain.artifacts.fact_summaries import summarize_pruning
-from toolchain.artifacts.steps import (
-    CPU_PASSES,
-    QUANTIZE_PASSES,
-    Export,
-    Optimize,
-    Prune,
-    Quantize,
-    Recover,
-    decode_step,
-    settings_of,
-)
+from toolchain.artifacts.steps import CPU_PASSES, QUANTIZE_PASSES, Prune, Quantize, Recover, decode_step, settings_of
 from toolchain.backends import Place, open_session
 from toolchain.backends.ort import OrtSession
 from toolchain.backends.pytorch import load_model, save_weights
@@ -58,8 +48,9 @@ def quiet(*_):
 
 
 def logits_of(model, rows=ROWS, names=NAMES):
+    batch = pad(rows, names, model.config.pad_token_id)
     with torch.inference_mode():
-        return model(**{name: torch.from_numpy(array) for name, array in pad(rows, names, 0).items()}).logits
+        return model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +194,7 @@ def test_a_folder_with_narrow_embeddings_can_be_imported(workspace, tmp_path):
     imported = Workspace.open(str(workspace.path("torch-pruned50")), tmp_path, "mine")
     ensure(imported, ["torch-fp32"], {}, quiet)
     models = [load_model(path) for path in (imported.path("torch-fp32"), workspace.path("torch-pruned50"))]
-    assert torch.equal(*map(logits_of, models))
+    assert torch.allclose(*map(logits_of, models), atol=1e-6)
 
 
 # --- later steps
@@ -235,26 +226,17 @@ def test_the_int4_graph_stores_blocks_of_the_table_and_of_the_linear_layer(works
     assert workspace.load("onnx-pruned50-int4").manifest.validation["passed"]
 
 
-def test_a_rank_that_is_no_multiple_of_a_block_keeps_the_table_in_int8(workspace):
-    steps = {"torch-pruned50+odd": Prune(0.5, embedding_rank=24), "onnx-std-pruned50+odd": Export()}
-    steps |= {"onnx-pruned50+odd": Optimize.for_provider("cpu"), "onnx-pruned50-int4+odd": Quantize(scheme="int4")}
-    ensure(workspace, ["onnx-pruned50-int4+odd"], steps, quiet)
-    arrays = arrays_of(workspace.path("onnx-pruned50-int4+odd") / "model.onnx").values()
-    assert (TOKENS, 24) in {array.shape for array in arrays if array.dtype == np.int8}
-
-
-def test_static_and_standard_graphs_quantise_the_linear_layer_only_with_a_fixed_scale(workspace):
+def test_static_and_standard_graphs_keep_the_linear_layer_in_fp32(workspace):
     names = ["onnx-pruned50-int8-static", "onnx-std-pruned50-int8", "onnx-std-pruned50-int8-static"]
     ensure(workspace, names, {}, quiet)
     for name in names:
         arrays = arrays_of(workspace.path(name) / "model.onnx").values()
-        linear = next(array for array in arrays if array.shape == (RANK, WIDTH))
-        assert linear.dtype == (np.int8 if name.endswith("static") else np.float32)
+        assert next(array for array in arrays if array.shape == (RANK, WIDTH)).dtype == np.float32
         assert workspace.load(name).manifest.validation["passed"]
 
 
 def test_pytorch_variants_with_fewer_bits_can_be_built(workspace):
-    for name in ("torch-pruned50-int8", "torch-pruned50-bf16", "torch-pruned50-fp16"):
+    for name in ("torch-pruned50-int8", "torch-pruned50-bf16"):
         artifact = ensure(workspace, [name], {}, quiet)[name]
         assert artifact.manifest.validation["passed"]
         session = open_session(artifact.path, "torch", Place("cpu", 1))
@@ -311,11 +293,9 @@ def test_each_architecture_can_be_stored_exported_and_quantised(tmp_path, kind):
     narrow.config.save_pretrained(stored)
     architectures.write_shapes(narrow, stored)
     save_weights(narrow.state_dict(), stored)
-    batch = pad([[2, 40, 3], [2, *range(20, 43), 3]], architecture.inputs, narrow.config.pad_token_id)
-    expected = logits_of(narrow, [[2, 40, 3], [2, *range(20, 43), 3]], architecture.inputs)
-    assert torch.equal(
-        logits_of(load_model(stored), [[2, 40, 3], [2, *range(20, 43), 3]], architecture.inputs), expected
-    )
+    rows = [[2, 40, 3], [2, *range(20, 43), 3]]
+    expected = logits_of(narrow, rows, architecture.inputs)
+    assert torch.allclose(logits_of(load_model(stored), rows, architecture.inputs), expected, atol=1e-6)
     counts = []
     for name, model in (("plain", plain), ("narrow", narrow)):
         file = tmp_path / name / "model.onnx"
@@ -323,16 +303,14 @@ def test_each_architecture_can_be_stored_exported_and_quantised(tmp_path, kind):
         to_onnx(model, file, 18, architecture.inputs)
         context = passes.Context(model.config.num_attention_heads, model.config.hidden_size)
         graph, fused = passes.rewrite(passes.read(file), CPU_PASSES, context)
-        graph, quantised = passes.rewrite(graph, QUANTIZE_PASSES["dynamic"], context)
-        counts.append(fused | quantised)
+        counts.append(fused | passes.rewrite(graph, QUANTIZE_PASSES["dynamic"], context)[1])
     assert counts[0] == counts[1]  # every pass finds the same patterns as in the graph with a plain table
-    session = OrtSession(tmp_path / "narrow", Place("cpu", 1))
-    assert (
-        np.abs(
-            session.run(batch) - narrow(**{n: torch.from_numpy(a) for n, a in batch.items()}).logits.detach().numpy()
-        ).max()
-        < 1e-4
-    )
+    batch = pad(rows, architecture.inputs, narrow.config.pad_token_id)
+    assert np.abs(OrtSession(file.parent, Place("cpu", 1)).run(batch) - expected.numpy()).max() < 1e-4
+    # A rank of 8 is no multiple of a block of 4-bit codes, so the table becomes int8.
+    graph, _ = passes.rewrite(passes.read(file), ["quantize-embedding-int4"], context)
+    tables = [value.const_value.numpy() for value in graph.graph.initializers.values()]
+    assert (narrow.config.vocab_size, 8) in {table.shape for table in tables if table.dtype == np.int8}
 
 
 # --- refusals

@@ -35,14 +35,14 @@ def quantize_linear(
     would cost accuracy and save nothing. The last layer, whose result is the logits, stays fp32 because it has few
     weights. Layers whose names are in `context.keep` stay fp32.
 
-    With `shares_scale`, the linear layer of word embeddings of low rank stays fp32 as well. Its input holds the rows of
-    padding tokens, which the pass `padding` replaces only later in the graph. A padding token could therefore change
-    the scale that all tokens of a batch share.
+    With `shares_scale`, the linear layer of word embeddings of low rank stays fp32 as well. No LayerNormalization
+    limits the range of its input. A rare token could exceed a fixed scale. A padding token could change a scale that is
+    computed at run time, because the pass `padding` replaces padding tokens only later in the graph.
 
     Args:
         product: Function that builds the product of a linear layer.
         attend: Function that builds the replacement of a fused Attention.
-        shares_scale: Whether the products compute one scale for all tokens of a batch.
+        shares_scale: Whether the products have one activation scale for all tokens of a batch.
     """
     count = 0
     layer = partial(product, model)
