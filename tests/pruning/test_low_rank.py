@@ -3,7 +3,9 @@
 import copy
 import json
 import shutil
+import tomllib
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_architectures import ARCHITECTURES, make
 
+import toolchain as tc
 from toolchain import passes
 from toolchain.artifacts.fact_summaries import summarize_pruning
 from toolchain.artifacts.steps import CPU_PASSES, QUANTIZE_PASSES, Prune, Quantize, Recover, decode_step, settings_of
@@ -33,6 +36,8 @@ from toolchain.models.low_rank import LowRankEmbedding
 from toolchain.passes.exits import hidden_states
 from toolchain.pruning.low_rank import factor, factor_embedding
 from toolchain.pruning.setup import shared_setup
+from toolchain.recipes import record
+from toolchain.recipes.json_schema import recipe_schema
 from toolchain.results.facts import PruningFact
 from toolchain.system.decoding import convert
 
@@ -348,12 +353,20 @@ def test_the_command_refuses_a_wrong_rank_and_builds_nothing(tiny, sentences, ca
     assert not list(tiny.exported.glob("tiny/torch-pruned*"))
 
 
-def test_the_command_prints_the_rank_and_its_parameters(tiny, sentences, say):
+def test_the_command_the_interface_and_a_recipe_build_the_same_variant(tiny, sentences, say, tmp_path):
     options = ("--model", "tiny", "--exported", tiny.exported, "--train-data", sentences.file)
     code, out, err = say("prune", "--ratio", "0.3", "--embedding-rank", "16", "--name", "narrow", *options)
     assert code == 0, err
     assert out.strip().endswith("torch-pruned30+narrow")
     assert "Word embeddings of rank 16 (1.0 → 0.5 million parameters)" in err
+    model = tc.open("tiny", exported=tiny.exported, train_data=sentences.file)
+    built_id = tiny.load("torch-pruned30+narrow").manifest.id
+    assert model.prune(0.3, embedding_rank=16, name="narrow").id == built_id
+    code, text, err = say("recipe", "torch-pruned30+narrow", "--model", "tiny", "--exported", tiny.exported)
+    assert code == 0, err
+    assert jsonschema.Draft202012Validator(recipe_schema()).is_valid(tomllib.loads(text))
+    (tmp_path / "recipe.toml").write_text(text)
+    assert [v for v in record.read(tmp_path / "recipe.toml").variants if v.settings.get("embedding_rank") == 16]
 
 
 def test_facts_with_a_rank_need_the_numbers_of_parameters():
