@@ -119,7 +119,10 @@ RUNNERS = {
 }
 
 # These modules define classes that need torch; other files import them inside functions.
-NEEDS_TORCH = {"toolchain.models.skipped_blocks", "toolchain.training.exit_heads", "toolchain.training.losses"}
+NEEDS_TORCH = {
+    *("toolchain.models.low_rank", "toolchain.models.skipped_blocks"),
+    *("toolchain.training.exit_heads", "toolchain.training.losses"),
+}
 
 
 # The runners of bundles become part of an app that already has numpy, or of MLflow, which has pandas.

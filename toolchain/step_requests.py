@@ -107,6 +107,7 @@ class PruneRequest:
         for_exits: Whether the training also trains the early layers for exits.
         parent: Name of the variant to prune.
         label: Label of the pruned variant; may be empty.
+        embedding_rank: Rank of the table of word embeddings; see `Prune`.
 
     Raises:
         SettingsError: Two settings exclude each other, or a ratio is invalid.
@@ -121,6 +122,7 @@ class PruneRequest:
     for_exits: bool = False
     parent: str = "torch-fp32"
     label: str = ""
+    embedding_rank: int | None = None
 
     def __post_init__(self) -> None:
         if bool(self.ratios) == (self.max_drop is not None):
@@ -140,7 +142,10 @@ class PruneRequest:
 
     def _prunings(self) -> list[Prune]:
         # With `max_drop`, the ratio is still unknown. The other checks of `Prune` give the same result for every ratio.
-        return [Prune(ratio, self.method, self.cost, self.layers) for ratio in self.ratios or (0.5,)]
+        return [
+            Prune(ratio, self.method, self.cost, self.layers, embedding_rank=self.embedding_rank)
+            for ratio in self.ratios or (0.5,)
+        ]
 
     def steps(self, workspace: Workspace, say: Say, bar: Bar) -> dict[str, Step]:
         """Returns the steps, by the name of the variant that each step builds; with `max_drop`, searches the ratio.

@@ -235,7 +235,8 @@ def write_records(folder: Path) -> None:
     """Writes a latency table, layer shapes, the number format of a quantised model, and a checkpoint's location."""
     times = {"base_ms": 1.0, "heads_ms": {"0": 0.0, "2": 1.5}, "neurons_ms": {"0": 0.0, "16": 2.5}}
     (folder / "latency.json").write_text(json.dumps({"schema": costs.SCHEMA, **SETTINGS, **times}))
-    (folder / checkpoints.SHAPES).write_text(json.dumps({"layers": [{"heads": 2, "ffn": 16}, {"heads": 0, "ffn": 3}]}))
+    shapes = {"layers": [{"heads": 2, "ffn": 16}, {"heads": 0, "ffn": 3}], "embedding_rank": 4}
+    (folder / checkpoints.SHAPES).write_text(json.dumps(shapes))
     Precision("int8", ("a.b", "c")).write(folder)
     locations.record(folder, Source("folder", "/checkpoints/tiny"))
 

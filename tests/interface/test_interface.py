@@ -93,7 +93,7 @@ PUBLIC = {
     "Model.finetune": "output * epochs lr batch_size max_length labels multi_label regression entities teacher seed "
     "data revision",
     "Model.export": "parent * optimize no_pass opset exporter revision base name",
-    "Model.prune": "ratio * max_drop method cost layers recover exits parent name",
+    "Model.prune": "ratio * max_drop method cost layers embedding_rank recover exits parent name",
     "Model.quantize": "parent * backend scheme isa embeddings keep_fp32 max_drop no_pass trim_vocab name",
     "Model.result": "*",
     "Model.ship": "variants * target output license demo with_tokenizer exit_confidence",
@@ -180,7 +180,12 @@ WRONG_CALLS = [
     (lambda model: model.prune(), SettingsError, "needs either `ratio` or `max_drop`"),
     (lambda model: model.prune("0.5"), SettingsError, "`ratio` is '0.5', but it must be a number from 0 to 1"),
     (lambda model: model.prune(0.555), SettingsError, "`ratio` 0.555 is not a multiple of 0.01"),
-    (lambda model: model.prune(0.5, method="mask", layers=1), SettingsError, "Leave `layers` and `cost` out"),
+    (
+        lambda model: model.prune(0.5, method="mask", layers=1),
+        SettingsError,
+        "Leave `layers`, `cost` and `embedding_rank` out",
+    ),
+    (lambda model: model.prune(0.5, embedding_rank=0), SettingsError, "`embedding_rank` is 0, but it must be a whole"),
     (lambda model: model.prune(0.5, exits=True), SettingsError, "Give `recover` too"),
     (lambda model: model.prune(0.5, recover=0), SettingsError, "`recover` is 0"),
     (lambda model: model.prune(0.5, cost="energy"), SettingsError, "no `cost` 'energy'"),

@@ -590,7 +590,7 @@ def test_too_few_rows_are_refused(tmp_path):
         (("--ratio", "0.333"), 2, "multiple of 0.01 from"),
         (("--ratio", "nan"), 2, "is not a multiple of 0.01"),
         (("--ratio", "0.3", "--method", "mask", "--recover", "1"), 2, "removes nothing"),
-        (("--ratio", "0.3", "--method", "mask", "--layers", "1"), 2, "Leave --layers and --cost out"),
+        (("--ratio", "0.3", "--method", "mask", "--layers", "1"), 2, "Leave --layers, --cost and --embedding-rank out"),
         (("--ratio", "0.3", "--layers", "0"), 2, "--layers"),
         (("--ratio", "0.3", "--layers", "3"), 1, "the model has 2. Keep 1 to 2 layers"),
         (("--ratio", "0.3", "--from", "torch-pruned30"), 1, "prune torch-fp32 at a higher ratio"),

@@ -58,7 +58,12 @@ def write(tmp_path):
         (f"{PRUNED}ratio = 1.5", "is 1.5, which is not from 0.01 to 0.99", "Correct this setting"),
         (f'{PRUNED}method = "luck"', "is 'luck', which is none of fisher, magnitude, mask", "Correct this setting"),
         (f'{PRUNED}layers = "four"', "a setting of torch-pruned50 has a wrong value: layers", "Correct this setting"),
-        (f'{PRUNED}method = "mask"\nlayers = 2', "--method mask removes nothing", "Leave --layers and --cost out"),
+        (f"{PRUNED}embedding_rank = 0", "embedding_rank of torch-pruned50 is 0, which is not from 1", "Correct this"),
+        (
+            f'{PRUNED}method = "mask"\nlayers = 2',
+            "--method mask removes nothing",
+            "Leave --layers, --cost and --embedding-rank out",
+        ),
         (f'{INT8}settings = {{ passes = ["fuse"] }}', "is 'fuse', which is none of padding", "Correct this setting"),
         (f'{INT8}settings = {{ backend = "tvm" }}', "is 'tvm', which is none of ort", "Correct this setting"),
         (f'{INT8}step = "distil"', "onnx-int8 has the unknown step 'distil'", "The steps are import, prune"),

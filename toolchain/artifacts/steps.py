@@ -69,6 +69,8 @@ class Prune:
         train: Digest of the training data; if empty, the workspace's training data.
         sentences: Number of training sentences to rank heads and neurons, and to refit the remaining weights.
         seed: Random seed for the choice of the training sentences.
+        embedding_rank: Width of a narrow embedding table that, with a linear layer, replaces the table of word
+            embeddings; None keeps the table.
 
     Raises:
         SettingsError: The ratio is not a multiple of 0.01 from 0.01 to 0.99, or a setting does not apply to the method.
@@ -81,14 +83,19 @@ class Prune:
     train: str = ""
     sentences: int = 2000
     seed: int = 20
+    embedding_rank: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.ratio <= 0.99 or abs(100 * self.ratio - round(100 * self.ratio)) > 1e-9:
             raise SettingsError(
                 f"--ratio {self.ratio:g} is not a multiple of 0.01 from 0.01 to 0.99.", "Give a ratio such as 0.5."
             )
-        if self.method == "mask" and (self.layers or self.cost != "parameters"):
-            raise SettingsError("--method mask removes nothing.", "Leave --layers and --cost out.")
+        if self.embedding_rank is not None and self.embedding_rank < 1:
+            raise SettingsError(
+                f"--embedding-rank {self.embedding_rank} is not a positive number.", "Give a rank such as 64."
+            )
+        if self.method == "mask" and (self.layers or self.cost != "parameters" or self.embedding_rank):
+            raise SettingsError("--method mask removes nothing.", "Leave --layers, --cost and --embedding-rank out.")
 
 
 EXITS_WEIGHT = 1.0  # of exits in the loss of `Recover`

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from toolchain.backends import Place
 
+# Weights of the linear layer of a `LowRankEmbedding`, which a model reads for each sentence, unlike an embedding table.
+_EMBEDDING_LINEAR = re.compile(r"\.word_embeddings\.linear\.")
+
 
 def load_model(folder: Path) -> PreTrainedModel:
     """Loads the sequence classifier in `folder`, in fp32 or in its quantised precision, and sets it to eval mode.
@@ -171,9 +174,9 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
 
 
 def _assemble(
-    folder: Path, shapes: Sequence[architectures.LayerShape] | None, precision: reduced.Precision | None
+    folder: Path, shapes: architectures.PrunedShapes | None, precision: reduced.Precision | None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Builds the model from its config, reduces each layer to its stored shape and loads the stored weights."""
+    """Builds the model from its config, reduces it to its stored shapes and loads the stored weights."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig
@@ -181,7 +184,7 @@ def _assemble(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     model: PreTrainedModel = auto_class(config.architectures).from_config(config, dtype=torch.float32)
     if shapes is not None:
-        architectures.reshape(model, shapes)
+        architectures.reshape(model, shapes.layers, shapes.embedding_rank)
     if precision:
         reduced.restore(model, load_file(weights_of(folder)), precision)
     else:
@@ -239,7 +242,8 @@ def describe(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dic
     by_part, by_dtype = {"embeddings": 0, "encoder": 0, "head": 0}, Counter[str]()
     for name, tensor in tensors.items():
         is_inside = name.startswith(f"{base}.")
-        part = ("embeddings" if ".embeddings." in name else "encoder") if is_inside else "head"
+        is_table = ".embeddings." in name and not _EMBEDDING_LINEAR.search(name)
+        part = ("embeddings" if is_table else "encoder") if is_inside else "head"
         size = tensor.numel() * tensor.element_size()
         by_part[part] += size
         by_dtype[str(tensor.dtype).removeprefix("torch.")] += size

@@ -51,8 +51,8 @@ class Work:
             multiply them with a single token.
         query_parameters: Number of linear parameters of the query layer in the last attention; the pass ``first-query``
             makes the model multiply them with a single token.
-        parameters_before: For each layer with attention, the number of linear parameters of all layers before it; empty
-            if the model's layout is unknown.
+        parameters_before: For each layer with attention, the number of linear parameters before it: those of all
+            layers before it, and those of the embeddings; empty if the model's layout is unknown.
     """
 
     linear_parameters: int
@@ -130,14 +130,17 @@ def read_work(folder: Path) -> Work | None:
     queries_by_layer = _query_shapes(str(kind), matrices)
     queries = list(queries_by_layer.values())
     sizes_by_layer = _sizes_by_layer(str(kind), sizes)
+    linear_parameters = sum(size for name, size in sizes.items() if name not in head)
+    embedding_parameters = linear_parameters - sizes_by_layer.total()
     return Work(
-        linear_parameters=sum(size for name, size in sizes.items() if name not in head),
+        linear_parameters=linear_parameters,
         attention_widths=tuple(shape[0] for shape in queries),
         head_parameters=sum(sizes[name] for name in head),
         tail_parameters=_count_tail_parameters(str(kind), sizes),
         query_parameters=math.prod(queries[-1]) if queries else 0,
         parameters_before=tuple(
-            sum(size for other, size in sizes_by_layer.items() if other < number) for number in queries_by_layer
+            embedding_parameters + sum(size for other, size in sizes_by_layer.items() if other < number)
+            for number in queries_by_layer
         ),
     )
 

@@ -22,7 +22,9 @@ from toolchain.errors import DataError
 from toolchain.models import vocabulary
 from toolchain.passes import facts as facts_of
 from toolchain.passes import read, rewrite
-from toolchain.passes.model_shape import context_of, word_width
+from toolchain.passes.graph import array_of
+from toolchain.passes.model_shape import context_of
+from toolchain.passes.trim_vocabulary import word_table
 from toolchain.progress import Progress
 from toolchain.results.scores import score_answers, score_type
 from toolchain.system import hardware
@@ -83,7 +85,9 @@ def trim(
     parent = job.parent_artifact
     bytes_before = _companion_bytes(job.folder)
     vocabulary.trim(job.folder, tokens)
-    full_graph, _ = rewrite(read(parent.onnx_path), embedding, context_of(parent.path))
+    full_graph = read(parent.onnx_path)
+    word_width = array_of(word_table(full_graph)).shape[1]
+    full_graph, _ = rewrite(full_graph, embedding, context_of(parent.path))
     table_bytes_saved = facts_of(full_graph)["bytes_by_part"]["embeddings"] - facts["bytes_by_part"]["embeddings"]
     parent_encoder = _encoder(parent.path, parent.manifest)
     count = parent_encoder.tokenizer.get_vocab_size()
@@ -93,7 +97,7 @@ def trim(
         "bytes_saved": table_bytes_saved + bytes_before - _companion_bytes(job.folder),
         **_compare_held_out(job, parent_encoder, frozenset(tokens)),
     }
-    removed_parameters = (count - len(tokens)) * word_width(parent.path)
+    removed_parameters = (count - len(tokens)) * word_width
     parameter_facts = {"parameters": facts["parameters"] - removed_parameters} if "parameters" in facts else {}
     return {**parameter_facts, "vocabulary": vocabulary_facts}
 

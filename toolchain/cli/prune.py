@@ -57,6 +57,13 @@ if TYPE_CHECKING:
     help="Remove whole layers until N layers are left, then prune these N layers.",
 )
 @click.option(
+    "--embedding-rank",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Store N numbers for each token, and compute the token's embedding from them with one linear layer. N is "
+    "smaller than the width of the embeddings. All tokens stay in the vocabulary.",
+)
+@click.option(
     "--recover",
     "epochs",
     type=click.IntRange(1, 99),
@@ -91,6 +98,7 @@ def prune(
     method: str,
     cost: str,
     layers: int | None,
+    embedding_rank: int | None,
     epochs: int | None,
     for_exits: bool,
     parent: str,
@@ -111,6 +119,7 @@ def prune(
       toolchain prune --ratio 0.72 --recover 1
       toolchain prune --ratio 0.65 --layers 4 --recover 2
       toolchain prune --ratio 0.73 --cost latency --layers 4 --recover 4 --exits
+      toolchain prune --ratio 0.73 --layers 4 --embedding-rank 128 --recover 4 --name narrow
       toolchain prune --max-drop 1.0
     """
     from toolchain.cli.progress import bar, say
@@ -118,6 +127,6 @@ def prune(
 
     if max_drop is not None and dry_run:
         raise click.UsageError("--max-drop searches the ratio: it cannot be used with --dry-run.")
-    request = PruneRequest(ratios, max_drop, method, cost, layers, epochs, for_exits, parent, label)
+    request = PruneRequest(ratios, max_drop, method, cost, layers, epochs, for_exits, parent, label, embedding_rank)
     workspace = open_workspace(model, exported, folder_name, train)
     build(workspace, request.steps(workspace, say, bar), dry_run)

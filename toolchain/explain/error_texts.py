@@ -150,6 +150,7 @@ TEXTS: dict[type[ToolchainError], ErrorText] = {
             "The ratio would remove the entire encoder, or the model is already pruned.",
             "No ratio keeps the accuracy drop below `--max-drop`.",
             "A file of latencies is invalid, or belongs to a model of other sizes.",
+            "The `--embedding-rank` is so large that the model would not become smaller.",
         ),
         (
             "Choose a smaller `--ratio`, or a larger `--max-drop`.",

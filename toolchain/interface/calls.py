@@ -19,8 +19,7 @@ OPTIONS = (
     *("ratio", "method", "cost", "recover", "exits", "optimize", "opset", "exporter", "revision", "base"),
     *("quick", "provider", "threads", "batch-size", "by-length", "service-times", "device-id", "allow-fallback"),
     *("save-as", "force", "resume", "baseline", "filter", "sort", "target", "output", "demo", "with-tokenizer"),
-    *("license",),
-    *("exit-confidence", "id", "key", "root-certificate"),
+    *("license", "embedding-rank", "exit-confidence", "id", "key", "root-certificate"),
     *("epochs", "lr", "max-length", "labels", "multi-label", "regression", "entities", "teacher", "seed"),
 )
 ARGUMENTS: Mapping[str, str] = {**{option: option.replace("-", "_") for option in OPTIONS}, **RENAMED}

@@ -214,6 +214,7 @@ class Model:
         method: str = "fisher",
         cost: str = "parameters",
         layers: int | None = None,
+        embedding_rank: int | None = None,
         recover: int | None = None,
         exits: bool = False,
         parent: Variant = "torch-fp32",
@@ -227,6 +228,8 @@ class Model:
             method: Importance measure, ``fisher`` or ``magnitude``; ``mask`` only sets weights to zero.
             cost: Cost that pruning reduces: ``parameters``, or ``latency`` on this machine.
             layers: Number of layers to keep; None for all.
+            embedding_rank: Store this number of values for each token, and compute the token's embedding from them
+                with one linear layer; None keeps the embedding table.
             recover: After pruning, train the pruned model for at most this number of epochs.
             exits: Also train the early layers for exits; needs `recover`.
             parent: The variant to prune.
@@ -245,12 +248,19 @@ class Model:
         for argument, value, high in (("ratio", ratio, 1), ("max_drop", max_drop, 100)):
             if value is not None:
                 check_number(argument, value, 0, high)
-        for argument, value in (("layers", layers), ("recover", recover)):
+        for argument, value, high in (
+            ("layers", layers, 99),
+            ("recover", recover, 99),
+            ("embedding_rank", embedding_rank, 65536),
+        ):
             if value is not None:
-                check_number(argument, value, 1, 99, whole=True)
+                check_number(argument, value, 1, high, whole=True)
         ratios = () if ratio is None else (float(ratio),)
         parent_name = variant_name(parent, self.folder)
-        request = PruneRequest(ratios, max_drop, method, cost, layers, recover, exits, parent_name, check_label(name))
+        label = check_label(name)
+        request = PruneRequest(
+            ratios, max_drop, method, cost, layers, recover, exits, parent_name, label, embedding_rank
+        )
         return self._build(self._workspace, request.steps(self._workspace, self._say, self._bar))
 
     @calling()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from toolchain.models.low_rank import LowRankEmbedding
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -119,8 +121,16 @@ class LayerShape:
 
 @strict
 @dataclass(frozen=True)
-class _StoredShapes:
+class PrunedShapes:
+    """The content of the file `SHAPES`: the sizes of a pruned model that its config does not state.
+
+    Attributes:
+        layers: Shape of every layer, first to last.
+        embedding_rank: Width of the table of a `LowRankEmbedding`; None if the model has a plain embedding table.
+    """
+
     layers: tuple[LayerShape, ...]
+    embedding_rank: Count | None = None
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
@@ -222,14 +232,69 @@ def keep_units(model: PreTrainedModel, index: int, heads: Sequence[int], neurons
         _replace_module(layer, layout.output_norm, torch.nn.Identity())
 
 
-def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
+def embedding_rank_of(model: PreTrainedModel) -> int | None:
+    """Returns the width of the table of the model's `LowRankEmbedding`; None if the embedding table is plain."""
+    from toolchain.models.low_rank import LowRankEmbedding
+
+    words = model.get_input_embeddings()
+    return words.rank if isinstance(words, LowRankEmbedding) else None
+
+
+def require_embedding_rank(model: PreTrainedModel, rank: int) -> None:
+    """Checks that a `LowRankEmbedding` of this rank is smaller than the model's plain table of word embeddings.
+
+    Raises:
+        PruningError: The model has no plain table of word embeddings, or the factors have as many parameters as the
+            table or more.
+    """
+    import torch
+
+    from toolchain.models.low_rank import factor_parameters
+
+    words = model.get_input_embeddings()
+    if type(words) is not torch.nn.Embedding:
+        raise PruningError(
+            f"{type(model).__name__} has no plain table of word embeddings, so no table of low rank can replace it.",
+            "Leave --embedding-rank out.",
+        )
+    tokens, width = words.num_embeddings, words.embedding_dim
+    largest = (tokens * width - 1 - width) // (tokens + width)
+    if not 1 <= rank <= largest:
+        raise PruningError(
+            f"An embedding rank of {rank} does not make this model smaller: its embedding table has {tokens:,} tokens "
+            f"× {width} values, and the factors would have {factor_parameters(tokens, width, rank):,} parameters.",
+            f"Give --embedding-rank a number from 1 to {largest}." if largest > 0 else "Leave --embedding-rank out.",
+        )
+
+
+def replace_embedding(model: PreTrainedModel, rank: int) -> LowRankEmbedding:
+    """Replaces the model's table of word embeddings by a `LowRankEmbedding` with random weights; returns the new one.
+
+    Raises:
+        PruningError: `require_embedding_rank` raises it.
+    """
+    from toolchain.models.low_rank import LowRankEmbedding
+
+    require_embedding_rank(model, rank)
+    table: Any = model.get_input_embeddings()
+    embedding = LowRankEmbedding(table.num_embeddings, table.embedding_dim, rank, table.padding_idx)
+    model.set_input_embeddings(embedding)
+    return embedding
+
+
+def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape], embedding_rank: int | None = None) -> None:
     """Gives every layer its shape in `shapes`, in place, so that the weights of a pruned model can be loaded.
 
     It does not matter which heads and neurons the function keeps, because loading replaces their weights.
 
+    Args:
+        model: The unpruned model.
+        shapes: Shape of every layer, first to last.
+        embedding_rank: Rank of a `LowRankEmbedding` that replaces the table of word embeddings; None keeps the table.
+
     Raises:
         CheckpointError: The model and `shapes` have different numbers of layers, or a layer has fewer heads or neurons
-            than `shapes` states.
+            than `shapes` states, or the embedding rank does not fit the model.
     """
     old_shapes = shapes_of(model)
     has_same_count = len(old_shapes) == len(shapes)
@@ -239,16 +304,25 @@ def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
         raise CheckpointError(f"{SHAPES} does not fit the model's config.", "Prune the model again.")
     for index, shape in enumerate(shapes):
         keep_units(model, index, range(shape.heads), range(shape.ffn))
+    if embedding_rank is not None:
+        try:
+            replace_embedding(model, embedding_rank)
+        except PruningError as error:
+            raise CheckpointError(
+                f"{SHAPES} does not fit the model: {error.cause}", "Prune the model again."
+            ) from error
 
 
 def write_shapes(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the shapes of the model's layers to the file `SHAPES` in `folder`."""
-    body = {"layers": [asdict(shape) for shape in shapes_of(model)]}
+    """Writes the file `SHAPES` to `folder`: the shapes of the model's layers, and the rank of its embeddings."""
+    body: dict[str, Any] = {"layers": [asdict(shape) for shape in shapes_of(model)]}
+    if (rank := embedding_rank_of(model)) is not None:
+        body["embedding_rank"] = rank
     (folder / SHAPES).write_text(json.dumps(body, indent=1) + "\n")
 
 
-def read_shapes(folder: Path) -> list[LayerShape] | None:
-    """Returns the layer shapes stored in `folder`; None for an unpruned model, which has no file `SHAPES`.
+def read_shapes(folder: Path) -> PrunedShapes | None:
+    """Returns the shapes stored in `folder`; None for an unpruned model, which has no file `SHAPES`.
 
     Raises:
         CheckpointError: The file `SHAPES` is unreadable or has an unknown format.
@@ -257,7 +331,7 @@ def read_shapes(folder: Path) -> list[LayerShape] | None:
     if not file.is_file():
         return None
     try:
-        return list(decode(_StoredShapes, read_bytes(file)).layers)
+        return decode(PrunedShapes, read_bytes(file))
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.", "Prune the model again.") from error
 

@@ -90,7 +90,8 @@ PASSES: dict[str, Pass] = {
     "smooth": smooth,
     "quantize-linear-static": partial(quantize_static, product=fused_static),
     "quantize-linear-std-static": partial(quantize_static, product=standard_static),
-    "quantize-linear-int4": partial(quantize_linear, product=build_int4_product),
+    # The operator of 4-bit products gives each token scales of its own.
+    "quantize-linear-int4": partial(quantize_linear, product=build_int4_product, shares_scale=False),
     "quantize-embedding": partial(quantize_embedding, look_up=look_up_int8_rows),
     "quantize-embedding-int4": partial(quantize_embedding, look_up=look_up_int4_rows),
     "exits": exits,

@@ -102,6 +102,16 @@ def takes_first_token(node: ir.Node) -> bool:
     return node.attributes.get_int("axis", 0) == 1 and index.ndim == 0 and int(index) == 0
 
 
+def reads_table(node: ir.Node) -> bool:
+    """Returns whether the input of the node is rows that a Gather looks up in a stored table.
+
+    This is the case for the linear layer of word embeddings of low rank.
+    """
+    gather = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    table = gather.inputs[0] if gather is not None and gather.op_type == "Gather" else None
+    return table is not None and table.const_value is not None and table.const_value.shape.rank() == 2
+
+
 def projection_width(value: ir.Value | None) -> int | None:
     """Returns the width of the output of a dense layer (a MatMul, or an Add after a MatMul), or None."""
     node = value.producer() if value else None

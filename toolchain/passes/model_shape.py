@@ -19,12 +19,6 @@ def layers_in(folder: Path) -> int:
     return int(_config(folder).num_hidden_layers)
 
 
-def word_width(folder: Path) -> int:
-    """Returns the width of the word embedding table; some models project the embeddings to the encoder's width."""
-    config = _config(folder)
-    return int(getattr(config, "embedding_size", config.hidden_size))
-
-
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 

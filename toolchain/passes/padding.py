@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from toolchain.passes.attention import DOMAIN
-from toolchain.passes.graph import MASK, adder, constant, takes_first_token
+from toolchain.passes.graph import MASK, adder, constant, reads_table, takes_first_token
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -107,8 +107,18 @@ def _looks_up_distances(node: ir.Node) -> bool:
 
 
 def _may_mix_tokens(node: ir.Node) -> bool:
-    """Returns whether the result of `node` may depend on several tokens."""
-    return any(ancestor.op_type in MIXES for ancestor in _collect_ancestors(node)[0])
+    """Returns whether the result of `node` may depend on several tokens.
+
+    The linear layer of word embeddings of low rank computes each token alone.
+    """
+    return any(
+        ancestor.op_type in MIXES and not _is_embedding_linear(ancestor) for ancestor in _collect_ancestors(node)[0]
+    )
+
+
+def _is_embedding_linear(node: ir.Node) -> bool:
+    weight = node.inputs[1] if node.op_type == "MatMul" and reads_table(node) else None
+    return weight is not None and weight.const_value is not None and weight.const_value.shape.rank() == 2
 
 
 def _replace_embeddings(model: ir.Model, norm: ir.Node, mask: ir.Value) -> None:

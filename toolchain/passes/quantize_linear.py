@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolchain.passes.attention import Attend, Product, build_joint_products
-from toolchain.passes.graph import adder, array_of, constant, replace_nodes
+from toolchain.passes.graph import adder, array_of, constant, reads_table, replace_nodes
 from toolchain.passes.int8 import LARGEST, run_time_codes, weight_codes, weight_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,12 @@ LARGEST_ACTIVATION = 255
 
 
 def quantize_linear(
-    model: ir.Model, context: Context, product: Product, attend: Attend = build_joint_products
+    model: ir.Model,
+    context: Context,
+    product: Product,
+    attend: Attend = build_joint_products,
+    *,
+    shares_scale: bool = True,
 ) -> tuple[ir.Model, int]:
     """Replaces linear layers by products that `product` builds; counts the layers quantised.
 
@@ -29,11 +34,20 @@ def quantize_linear(
     the replacement of a fused Attention. Products of two activations stay fp32: they hold no weights, so fewer bits
     would cost accuracy and save nothing. The last layer, whose result is the logits, stays fp32 because it has few
     weights. Layers whose names are in `context.keep` stay fp32.
+
+    With `shares_scale`, the linear layer of word embeddings of low rank stays fp32 as well. No LayerNormalization
+    limits the range of its input. A rare token could exceed a fixed scale. A padding token could change a scale that is
+    computed at run time, because the pass `padding` replaces padding tokens only later in the graph.
+
+    Args:
+        product: Function that builds the product of a linear layer.
+        attend: Function that builds the replacement of a fused Attention.
+        shares_scale: Whether the products have one activation scale for all tokens of a batch.
     """
     count = 0
     layer = partial(product, model)
     for node in linear_nodes(model):
-        if layer_name(node) in context.keep:
+        if layer_name(node) in context.keep or (shares_scale and reads_table(node)):
             continue
         if node.op_type == "Attention":
             new_nodes, result = attend(model, node, layer)

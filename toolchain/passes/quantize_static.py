@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import GraphError
 from toolchain.passes.attention import Attend, build_qattention
-from toolchain.passes.graph import adder, array_of, constant, store_negative
+from toolchain.passes.graph import adder, array_of, constant, reads_table, store_negative
 from toolchain.passes.int8 import weight_codes
 from toolchain.passes.quantize_linear import layer_name, linear_nodes, quantize_linear
 
@@ -131,7 +131,7 @@ def _layers_by_input(model: ir.Model, context: Context) -> dict[str, list[ir.Nod
     """Returns the linear layers by the name of their input, without the layers that stay fp32."""
     layers: dict[str, list[ir.Node]] = {}
     for node in linear_nodes(model):
-        if layer_name(node) not in context.keep and node.inputs[0] is not None:
+        if layer_name(node) not in context.keep and node.inputs[0] is not None and not reads_table(node):
             layers.setdefault(str(node.inputs[0].name), []).append(node)
     return layers
 

@@ -1,7 +1,7 @@
 """Structured pruning: removes the least important heads and FFN neurons, then refits the remaining weights.
 
-In order, `prune` chooses layers to remove, measures the importance of units, selects the units to keep, removes the
-other units, and refits the weights.
+In order, `prune` chooses layers to remove, measures the importance of units, selects the units to keep, gives the
+embedding table a lower rank, removes the other units, and refits the weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from toolchain.errors import PruningError
 from toolchain.models.architectures import layers_of, layout_of
 from toolchain.pruning.costs import EncoderSizes
 from toolchain.pruning.least_squares import cut_and_fit
+from toolchain.pruning.low_rank import factor_embedding
 from toolchain.pruning.selection import Price, select
 from toolchain.pruning.setup import PruningSetup
 from toolchain.training.scoring import score
@@ -31,6 +32,7 @@ def prune(
     price: Price,
     progress: Callable[[int], None],
     layers: int | None = None,
+    embedding_rank: int | None = None,
 ) -> PreTrainedModel:
     """Returns a pruned copy of the model in `setup`, fitted by least squares and not trained.
 
@@ -43,14 +45,18 @@ def prune(
         progress: Progress callback; receives the number of finished layers.
         layers: Number of layers to keep; None keeps all layers. Pruning removes entire layers before it selects single
             heads and neurons.
+        embedding_rank: Rank of the table of word embeddings, as `Prune` describes; None keeps the table.
 
     Raises:
-        PruningError: The encoder cannot lose the share `ratio` of its parameters, or cannot keep `layers` layers.
+        PruningError: The encoder cannot lose the share `ratio` of its parameters, or cannot keep `layers` layers, or
+            the embedding table cannot have this rank.
         DataError: A gradient is not finite.
     """
     empty_layers = setup.dispensable_layers(layers) if layers is not None else []
     kept_units = select(setup.importances(method), ratio, EncoderSizes.from_model(setup.model), price, empty_layers)
     model = copy.deepcopy(setup.model)
+    if embedding_rank is not None:
+        factor_embedding(model, embedding_rank, setup.token_counts)
     cut_and_fit(setup.model, model, kept_units, setup.ranking, progress)
     return model
 
@@ -79,6 +85,7 @@ def largest_ratio(
     max_drop: float,
     progress: Callable[[int, int, str], None],
     layers: int | None = None,
+    embedding_rank: int | None = None,
 ) -> tuple[float, list[tuple[float, float]]]:
     """Finds the largest ratio of `SEARCH_RATIOS` whose accuracy drop on the held-out rows is at most `max_drop` points.
 
@@ -93,6 +100,7 @@ def largest_ratio(
         progress: Progress callback; receives three arguments: the number of ratios measured so far, the largest number
             of ratios that the search can measure, and a text.
         layers: Number of layers to keep, as in `prune`.
+        embedding_rank: Rank of the table of word embeddings, as in `prune`.
 
     Returns:
         The largest ratio found, and all measured ratios with their accuracy drops, in ascending order of ratio.
@@ -109,7 +117,7 @@ def largest_ratio(
         ratio = SEARCH_RATIOS[middle]
         progress(len(drops), rounds, f"ratio {ratio:g}")
         try:
-            model = prune(setup, ratio, method, price, lambda layer: None, layers)
+            model = prune(setup, ratio, method, price, lambda layer: None, layers, embedding_rank)
         except PruningError:
             high = middle  # the encoder cannot lose the share `ratio` of its parameters
             continue

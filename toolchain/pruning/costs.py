@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from toolchain.artifacts.steps import CPU_PASSES, QUANTIZE_PASSES
 from toolchain.errors import PruningError
-from toolchain.models.architectures import LayerShape, head_size, reshape, shapes_of
+from toolchain.models.architectures import LayerShape, embedding_rank_of, head_size, reshape, shapes_of
 from toolchain.system import files, hardware
 from toolchain.system.decoding import Amount, Count, Line, decode, read_bytes, strict
 from toolchain.system.files import temporary_folder
@@ -38,16 +38,20 @@ class EncoderSizes:
         width: Width of the hidden states, equal in all layers.
         head: Width of one head, equal in all layers.
         shapes: Numbers of heads and FFN neurons of each layer.
+        projection: Number of weights of the linear layer in a `LowRankEmbedding`; 0 for a plain embedding table.
     """
 
     width: int
     head: int
     shapes: tuple[LayerShape, ...]
+    projection: int = 0
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> EncoderSizes:
         """Reads the current sizes of the model's encoder."""
-        return cls(model.config.hidden_size, head_size(model), tuple(shapes_of(model)))
+        words: Any = model.get_input_embeddings()
+        projection = 0 if embedding_rank_of(model) is None else words.linear.weight.numel()
+        return cls(model.config.hidden_size, head_size(model), tuple(shapes_of(model)), projection)
 
     def unit_parameters(self, kind: str, count: int) -> int:
         """Returns the number of linear parameters, biases included, of a layer's attention or feed-forward part.
@@ -69,8 +73,11 @@ class EncoderSizes:
         """Returns the encoder's multiply-accumulates for one sentence of `TOKENS` tokens.
 
         The encoder's multiply-accumulates are those of the linear layers and of the two matrix products of attention.
+        The linear layer of a `LowRankEmbedding` counts as well.
         """
-        linear = sum(s.heads * 4 * self.width * self.head + s.ffn * 2 * self.width for s in self.shapes)
+        linear = self.projection + sum(
+            s.heads * 4 * self.width * self.head + s.ffn * 2 * self.width for s in self.shapes
+        )
         return TOKENS * linear + sum(s.heads * 2 * TOKENS**2 * self.head for s in self.shapes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolchain.models.architectures import keep_units, layers_of, layout_of
+from toolchain.models.architectures import embedding_rank_of, keep_units, layers_of, layout_of
 from toolchain.pruning.selection import KeptUnits
 from toolchain.training.batches import Batch
 
@@ -48,7 +48,8 @@ def cut_and_fit(
     """
     layout = layout_of(dense)
     dense_states, arguments = _record_layer_inputs(dense, batches)
-    states = dense_states
+    # Embeddings of a low rank differ from those of the unpruned model; the fit also reduces this difference.
+    states = dense_states if embedding_rank_of(model) is None else _record_layer_inputs(model, batches)[0]
     norms = (layout.attention_norm, layout.output_norm)
     # `last_norm` is the last LayerNorm that the loop has kept in `model`. Pruning always keeps at least one head of the
     # first layer, and thus the LayerNorm after the attention of this layer. This LayerNorm is the first that the loop

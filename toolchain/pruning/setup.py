@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH = 32
+COUNTED_ROWS = 100_000
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,23 @@ class PruningSetup:
     @functools.cached_property
     def _fisher(self) -> list[LayerImportance]:
         return fisher(self.model, self.ranking)
+
+    def require_embedding_rank(self, rank: int | None) -> None:
+        """Checks that the model's embedding table can have this rank; None passes.
+
+        Raises:
+            PruningError: `architectures.require_embedding_rank` raises it.
+        """
+        if rank is not None:
+            architectures.require_embedding_rank(self.model, rank)
+
+    @functools.cached_property
+    def token_counts(self) -> Counter[int]:
+        """Counts each token id in the training rows that are not held out, in at most `COUNTED_ROWS` rows."""
+        rows, _ = inputs.hold_out(self._data)
+        sample = random.Random(self.seed).sample(rows, min(len(rows), COUNTED_ROWS))
+        encoded = self.encoder.encode(self._data.select(sample).texts)
+        return Counter(token for row in encoded for token in row)
 
     def dispensable_layers(self, layers: int) -> list[int]:
         """Returns the indices of the layers to remove so that `layers` remain; see `depth.dispensable_layers`."""

@@ -32,6 +32,7 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
         "layers": _LAYERS,
         "sentences": _ROWS,
         "seed": _SEED,
+        "embedding_rank": _range(1, 65536),
     },
     "recover": {
         "epochs": _range(1, 999_999),

@@ -144,6 +144,8 @@ class Pruning(TypedDict):
     heads: NotRequired[list[Count]]
     ffn: NotRequired[list[Count]]
     encoder_parameters: NotRequired[Change]
+    embedding_rank: NotRequired[Count]
+    embedding_parameters: NotRequired[Change]
     predicted_speedup: NotRequired[Prediction]
 
 
@@ -152,6 +154,8 @@ def _check_pruning(pruning: Pruning) -> Pruning:
     keys = ("zeroed",) if pruning["method"] == "mask" else kept
     if missing := [key for key in keys if key not in pruning]:
         raise ValueError(f"there is no {missing[0]}")
+    if ("embedding_rank" in pruning) != ("embedding_parameters" in pruning):
+        raise ValueError("embedding_rank and embedding_parameters belong together")
     return pruning
 
 

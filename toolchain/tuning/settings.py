@@ -44,9 +44,12 @@ def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, 
     """
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say, bar)[checkpoints.ROOT_VARIANT]
     setup = shared_setup(root, workspace.train, step.sentences, step.seed)
+    setup.require_embedding_rank(step.embedding_rank)
     with bar("prune") as progress:
         price, _ = price_of(setup, step.cost, workspace.cache, progress)
-        ratio, drops = pruning.largest_ratio(setup, step.method, price, max_drop, progress, step.layers)
+        ratio, drops = pruning.largest_ratio(
+            setup, step.method, price, max_drop, progress, step.layers, step.embedding_rank
+        )
     for tried_ratio, drop in drops:
         say(f"pruning ratio {tried_ratio:.2f}: accuracy drop of {drop:.2f} points on held-out rows")
     return ratio

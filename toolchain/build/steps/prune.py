@@ -27,20 +27,23 @@ def prune(job: Job[Prune]) -> StepResult:
 
     Raises:
         PruningError: The model is already pruned, its architecture is not supported, or its size rules out the
-            requested ratio or number of layers.
+            requested ratio, number of layers or embedding rank.
         DataError: The training data is unreadable, has too few rows or does not fit the model, or a gradient is not
             finite.
         ArtifactError: The stored model gives other logits than the pruned model.
     """
     step = job.step
     setup = shared_setup(job.parent_artifact, job.train, step.sentences, step.seed)
+    setup.require_embedding_rank(step.embedding_rank)
     table = None
     if step.method == "mask":
         model = pruning.mask(setup.model, step.ratio)
     else:
         price, table = price_of(setup, step.cost, job.cache, job.progress)
         job.progress(0, len(shapes_of(setup.model)), "ranking heads and neurons")
-        model = pruning.prune(setup, step.ratio, step.method, price, _layer_progress(job, setup), step.layers)
+        model = pruning.prune(
+            setup, step.ratio, step.method, price, _layer_progress(job, setup), step.layers, step.embedding_rank
+        )
     copy_companions(job.parent_artifact, job.folder)
     if step.method != "mask":
         write_shapes(model, job.folder)
@@ -105,5 +108,15 @@ def _pruning_facts(
             "after": new_sizes.multiply_accumulates,
         },
         "predicted_speedup": {"value": round(speedup, 3), "by": predictor},
+        **(_embedding_facts(step.embedding_rank, old_model, new_model) if step.embedding_rank else {}),
         **({"latency_table": asdict(table)} if table else {}),
     }
+
+
+def _embedding_facts(rank: int, old_model: PreTrainedModel, new_model: PreTrainedModel) -> dict[str, Any]:
+    """Returns the rank of the word embeddings, and the numbers of their parameters before and after pruning."""
+    before, after = (
+        sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
+        for model in (old_model, new_model)
+    )
+    return {"embedding_rank": rank, "embedding_parameters": {"before": before, "after": after}}
