@@ -134,6 +134,8 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(BIN)/python $(SITE) > "$$($(CLIENTS)/notebook/bin/python $(SITE))/venv.pth"
 	$(NEW)/kserve
 	$(INTO)/kserve install --require-hashes -r $(FILES)/requirements_kserve.lock
+	$(NEW)/ray-serve
+	$(INTO)/ray-serve install --require-hashes -r $(FILES)/requirements_ray_serve.lock
 	$(NEW)/phone
 	$(INTO)/phone install onnxruntime==1.17.3 'numpy<2' tokenizers==0.22.2
 	tests/clients/arm_root.sh $(CLIENTS)/arm $(BIN)/pip
@@ -156,7 +158,7 @@ locks: $(VENV)/.installed ## pin the Python packages of bundles with sha256, in 
 	$(BIN)/pip install --disable-pip-version-check -q uv
 	(sed "s/^onnxruntime-extensions==.*/& ; sys_platform != 'win32'/" constraints/cpu.txt; \
 		echo "onnxruntime-extensions==0.15.0 ; sys_platform == 'win32'") > $(VENV)/locks.txt
-	for name in requirements requirements_text requirements_mlflow; do \
+	for name in requirements requirements_text requirements_mlflow requirements_ray_serve; do \
 		sed 's/{{.*}}/0/' $(FILES)/$$name.txt.j2 | $(LOCK) -c $(VENV)/locks.txt -o $(FILES)/$$name.lock - || exit 1; \
 	done
 	sed -n 's/ \\$$//p' $(FILES)/requirements_text.lock | grep -v -e '^ ' -e '^protobuf==' > $(VENV)/locks.txt
