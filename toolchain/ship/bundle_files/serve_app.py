@@ -301,7 +301,8 @@ class Server:
             return JSONResponse({"error": str(error)}, error.status)
 
     async def _answer(self, request: Request) -> dict[str, Any]:
-        match request.method, request.url.path.split("/")[1:]:
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        match request.method, path.split("/")[1:]:
             case "GET", ["v2"]:
                 return {"name": "ray-serve", "version": ray.__version__, "extensions": []}
             case "GET", ["v2", "health", "live"]:
@@ -317,7 +318,7 @@ class Server:
             case "POST", ["v2", "models", name, "infer"]:
                 return await self._model(name).infer(await read_body(request))
         # A terminal that shows the answer would obey control characters.
-        cause = f"This server has no {request.method:.10} {request.url.path[:100]!r}"
+        cause = f"This server has no {request.method:.10} {path[:100]!r}"
         raise RequestError(404, cause, "Send the request to POST /v2/models/NAME/infer")
 
     def _model(self, name: str) -> Model:
