@@ -28,7 +28,7 @@ from servers import (
     ray_configuration,
     ray_environment,
     ray_process,
-    ray_serve_process,
+    ray_serve,
     read_rows,
     request,
     wait_until_ready,
@@ -77,9 +77,7 @@ def bundle(built_tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def port(bundle, tmp_path_factory):
     """The port of `serve run` with the bundle's own settings."""
-    port = free_port()
-    with ray_serve_process(bundle, tmp_path_factory.mktemp("run"), port) as (process, log):
-        wait_until_ready(port, process, log)
+    with ray_serve(bundle, tmp_path_factory.mktemp("run")) as port:
         yield port
 
 
