@@ -227,11 +227,12 @@ def test_binary_tensors_are_refused(port):
 @contextmanager
 def ray_head(bundle, folder):
     """Starts a Ray cluster of one machine with two CPUs; yields a function that runs `serve`, and one for its API."""
-    gcs, dashboard, agent = free_port(), free_port(), free_port()
+    gcs, dashboard, agent, client = (free_port() for _ in range(4))
     with tempfile.TemporaryDirectory(prefix="ray-") as temporary:
         environment = ray_environment(temporary, PYTHONPATH=str(bundle))
         command = [RAY_SERVE.parent / "ray", "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
         command += ["--port", gcs, "--dashboard-port", dashboard, "--dashboard-agent-listen-port", agent]
+        command += ["--ray-client-server-port", client]
         command += ["--num-cpus", 2, "--object-store-memory", 100_000_000, "--temp-dir", temporary]
         headers = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
 
@@ -247,7 +248,7 @@ def ray_head(bundle, folder):
             yield serve, state
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     """Returns the first true value of a condition."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -279,6 +280,10 @@ class Clients:
                 if (answer["id"], read_rows(answer, "label")[0][0]) != (f"{number}-{turn}", label):
                     self.wrong.append((text, answer))
         client.close()
+
+    def total(self):
+        """Returns the number of answers with each status."""
+        return sum(self.statuses, Counter())
 
     def stop(self):
         """Ends all clients; raises the error of a client that got no answer."""
@@ -314,15 +319,22 @@ def test_serve_deploy_scales_the_replicas_and_a_killed_one_loses_only_the_reques
         assert second in pids
         clients.stop()
         assert not clients.wrong
-        statuses = sum(clients.statuses, Counter())
+        statuses = clients.total()
         # All waiting requests and all later ones were answered.
         assert set(statuses) <= {200, 500}
         assert statuses[500] <= ONGOING
         assert statuses[200] > 10 * LOAD
         assert all(each[500] <= 1 for each in clients.statuses)
         assert len(wait_for(lambda: pids if len(pids := running()) == 1 else None)) == 1
-        assert call(port, INFER, request("a film"))[0] == 200
-        assert state()["status"] == "RUNNING"
+
+        # The same application with another setting, in the running cluster: requests that find no place get an error.
+        serve("deploy", ray_configuration(bundle, tmp_path / "serve.yaml", port, **settings, max_queued_requests=1))
+        wait_for(lambda: state()["status"] == "RUNNING")
+        clients = Clients(port, labels)
+        wait_for(lambda: clients.total()[503])
+        clients.stop()
+        assert set(clients.total()) == {200, 503}
+        assert not clients.wrong
 
 
 def test_requests_that_wait_form_batches(bundle):
