@@ -293,9 +293,7 @@ class Clients:
         self._pool.shutdown()
 
 
-def test_serve_deploy_scales_the_replicas_and_a_killed_one_loses_only_the_requests_in_its_hands(
-    bundle, expected, tmp_path
-):
+def test_serve_deploy_scales_and_a_killed_replica_loses_only_its_own_requests(bundle, expected, tmp_path):
     texts, predictions = expected(FP32)
     # Where both labels are about equally probable, another rounding may choose the other label.
     pairs = zip(texts, predictions, strict=True)
