@@ -258,7 +258,10 @@ def wait_for(condition, seconds=120):
 
 
 class Clients:
-    """Clients that send sentences one after the other until `stop`; each notes its answers by status."""
+    """Clients that send sentences one after the other until `stop`; each notes its answers by status.
+
+    A pause after each answer leaves the processor to the replicas.
+    """
 
     def __init__(self, port, labels):
         self._port, self._labels, self._is_over = port, labels, threading.Event()
@@ -279,6 +282,7 @@ class Clients:
                 answer = json.loads(content)
                 if (answer["id"], read_rows(answer, "label")[0][0]) != (f"{number}-{turn}", label):
                     self.wrong.append((text, answer))
+            time.sleep(0.01)
         client.close()
 
     def total(self):
@@ -372,24 +376,25 @@ def test_a_modified_bundle_is_not_served(bundle, tmp_path):
     assert run_app(copy, "start").startswith("FileNotFoundError")
 
 
-@pytest.mark.parametrize(
-    ("task", "order", "outputs"),
-    [
-        ("multi_label_classification", {"with_tokenizer": True}, ["probabilities"]),
-        ("regression", {}, ["logits"]),
-    ],
-)
-def test_other_models_have_other_outputs(built_tiny, tmp_path, task, order, outputs):
-    folder = ship(built_tiny, tmp_path / "bundle", FP32, **order)
+def test_a_model_with_its_tokenizer_and_several_labels_returns_independent_probabilities(built_tiny, tmp_path):
+    folder = ship(built_tiny, tmp_path / "bundle", FP32, with_tokenizer=True)
     with tc.Classifier(folder, threads=1) as classifier:
-        probability = [each.probabilities["POSITIVE"] for each in classifier(["a film", "café naïve"])]
-    change_task(folder, task)
+        expected = probabilities(classifier(["a film", "café naïve"]))
+    change_task(folder, "multi_label_classification")
     status, answer = run_app(folder, "answer", "a film", "café naïve")
-    assert (status, [output["name"] for output in answer["outputs"]]) == (200, outputs)
-    rows = np.array(read_rows(answer, outputs[0]))
-    # The graph with the tokenizer has probabilities; those of the other model follow from its logits.
-    actual = rows[:, 1] if task != "regression" else 1 / (1 + np.exp(rows[:, 0] - rows[:, 1]))
-    assert np.allclose(actual, probability, atol=1e-5)
+    assert (status, [output["name"] for output in answer["outputs"]]) == (200, ["probabilities"])
+    assert np.allclose(read_rows(answer, "probabilities"), expected, atol=1e-5)
+
+
+def test_a_regression_model_returns_its_scores(built_tiny, bundle, tmp_path):
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    change_task(folder, "regression")
+    status, answer = run_app(folder, "answer", "a film")
+    assert (status, [output["name"] for output in answer["outputs"]]) == (200, ["logits"])
+    odds = np.exp(read_rows(answer, "logits"))
+    with tc.Classifier(built_tiny.load(INT8), threads=1) as classifier:
+        expected = probabilities([classifier("a film")])
+    assert np.allclose(odds / odds.sum(), expected, atol=1e-5)
 
 
 def test_the_configuration_fits_the_limits_of_the_code(bundle):
@@ -399,7 +404,7 @@ def test_the_configuration_fits_the_limits_of_the_code(bundle):
     assert deployment["user_config"]["max_batch_size"] <= deployment["max_ongoing_requests"]
     module, name = application["import_path"].split(":")
     code = (bundle / f"{module}.py").read_text()
-    assert f"\n{name} = serve.deployment({deployment['name']}).bind()\n" in code
+    assert f"\n{name} = serve.deployment()({deployment['name']}).bind()\n" in code
     assert body["http_options"]["host"] == "127.0.0.1"
 
 

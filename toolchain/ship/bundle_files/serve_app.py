@@ -176,8 +176,8 @@ def read_texts(body: Mapping[str, Any]) -> list[str]:
         if not condition:
             raise RequestError(400, cause, _HINT)
 
-    tensors = body.get("inputs")
-    require(isinstance(tensors, list) and all(isinstance(each, dict) for each in tensors), "The body has no inputs")
+    tensors: list[Any] = body["inputs"] if isinstance(body.get("inputs"), list) else [None]
+    require(all(isinstance(each, dict) for each in tensors), "The body has no inputs")
     names = [tensor.get("name") for tensor in tensors]
     require(names == ["text"], f"The request has the inputs {names!r:.100} instead of one input 'text'")
     datatype, shape, data = (tensors[0].get(key) for key in ("datatype", "shape", "data"))
@@ -329,4 +329,4 @@ class Server:
 
 
 # `serve.yaml` names this application. Ray imports the class by its name, so a replica loads its own copy of the bundle.
-app = serve.deployment(Server).bind()
+app = serve.deployment()(Server).bind()
