@@ -25,6 +25,8 @@ KILLS ?= 200
 SHIP ?= onnx-int8
 # FULL=1: about 60 s a cell instead of 20.
 FULL ?=
+# SPARK=1: `make test-clients` also installs Spark, which takes 1 GB and needs Java.
+SPARK ?=
 
 # NEEDED is `runtime_set` of toolchain/system/hardware.py, for when there is no Python to ask yet.
 ASK = nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null
@@ -129,6 +131,8 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(INTO)/triton install "tritonclient[grpc]==2.73.0" nvidia-pytriton==0.7.0 onnxruntime==1.32.0 onnxruntime-extensions==0.15.2
 	$(NEW)/mlflow
 	$(INTO)/mlflow install -c constraints/cpu.txt mlflow-skinny==3.17.2 pandas onnx onnxruntime tokenizers numpy
+	$(if $(SPARK),$(NEW)/spark)
+	$(if $(SPARK),$(INTO)/spark install -c constraints/cpu.txt pyspark==4.3.0 mlflow-skinny==3.17.2 pyarrow pandas onnx onnxruntime tokenizers numpy)
 	$(NEW)/notebook
 	$(INTO)/notebook install -c constraints/cpu.txt nbclient==0.11.0 ipykernel==7.4.0
 	$(BIN)/python $(SITE) > "$$($(CLIENTS)/notebook/bin/python $(SITE))/venv.pth"

@@ -25,7 +25,7 @@ VENV = CLIENTS / "triton"
 KSERVE = CLIENTS / "kserve" / "bin" / "python"
 RAY_SERVE = CLIENTS / "ray-serve" / "bin" / "python"
 BACKEND_FILES = ("backends/python/libtriton_python.so", "backends/python/triton_python_backend_utils.py")
-START_SECONDS = 60
+START_SECONDS = 180  # for a busy machine; a server that ends is noticed at once
 
 
 def _site_packages():
