@@ -105,6 +105,8 @@ def ray_environment(temporary, **environment):
     own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     own |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     own |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # otherwise a cluster needs 30 seconds to end
+    # On a busy machine, Ray Serve would give up a slow start.
+    own |= {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": "120" for check in ("READY", "HEALTH")}
     others = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     return {**others, **own, **environment}
 
