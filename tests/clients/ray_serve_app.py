@@ -1,9 +1,9 @@
-"""Runs serve_app.py of a bundle without a Ray cluster, in the environment of the client; prints JSON.
+"""Runs serve_app.py of bundles without a Ray cluster, in the environment of the client; prints JSON.
 
-python ray_serve_app.py BUNDLE answer TEXT...   the answer to a request for the first model
-python ray_serve_app.py BUNDLE start            the reason why the server does not start
-python ray_serve_app.py BUNDLE health           the errors of wrong settings, and of a model that returns no number
-python ray_serve_app.py BUNDLE batches          what the server does with requests that arrive together
+python ray_serve_app.py answer BUNDLE...   for each bundle, the answer to a request for its first model
+python ray_serve_app.py start BUNDLE...    for each bundle, the reason why the server does not start
+python ray_serve_app.py check BUNDLE       the errors of wrong settings and of a model that returns no number, and
+                                           what the server does with requests that arrive together
 """
 
 import asyncio
@@ -11,12 +11,14 @@ import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from starlette.requests import Request
 
-FOLDER, COMMAND, *TEXTS = sys.argv[1:]
+COMMAND, *FOLDERS = sys.argv[1:]
+TEXTS = ["a film", "café naïve"]
 sys.dont_write_bytecode = True
-sys.path.insert(0, FOLDER)
+sys.path.insert(0, FOLDERS[0])
 import serve_app  # noqa: E402 (from the bundle)
 
 
@@ -27,6 +29,15 @@ def post(path, body, root=""):
         return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
 
     return Request({"type": "http", "method": "POST", "path": path, "root_path": root, "headers": []}, receive)
+
+
+def in_each(function):
+    """Returns what a function returns with each bundle."""
+    results = []
+    for folder in FOLDERS:
+        serve_app.FOLDER = Path(folder)
+        results.append(function())
+    return results
 
 
 async def answer():
@@ -114,7 +125,14 @@ async def batches():
     }
 
 
-if COMMAND == "start":
-    print(json.dumps(start()))
-else:
-    print(json.dumps(asyncio.run({"answer": answer, "health": health, "batches": batches}[COMMAND]())))
+async def check():
+    """Returns the errors of `health`, and the outcomes of `batches`."""
+    return await health(), await batches()
+
+
+commands = {
+    "answer": lambda: in_each(lambda: asyncio.run(answer())),
+    "start": lambda: in_each(start),
+    "check": lambda: asyncio.run(check()),
+}
+print(json.dumps(commands[COMMAND]()))

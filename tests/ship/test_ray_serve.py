@@ -93,9 +93,9 @@ def expected(built_tiny):
     return predict
 
 
-def run_app(bundle, *arguments):
-    """Runs `serve_app.py` of a bundle without a cluster; see tests/clients/ray_serve_app.py."""
-    command = [RAY_SERVE, TESTS / "clients" / "ray_serve_app.py", bundle, *arguments]
+def run_app(command, *bundles):
+    """Runs `serve_app.py` of bundles without a cluster; see tests/clients/ray_serve_app.py."""
+    command = [RAY_SERVE, TESTS / "clients" / "ray_serve_app.py", command, *bundles]
     with tempfile.TemporaryDirectory() as temporary:
         environment = ray_environment(temporary, TOOLCHAIN_THREADS="1")
         run = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
@@ -238,7 +238,13 @@ def ray_head(bundle, folder):
 
         def serve(*arguments):
             words = [RAY_SERVE.parent / "serve", *arguments, "--address", f"http://127.0.0.1:{dashboard}"]
-            subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, check=True)
+            for turn in range(3):  # on a busy machine, the start of Ray Serve can exceed a time limit of Ray
+                run = subprocess.run(
+                    list(map(str, words)), env=environment, capture_output=True, text=True, check=False
+                )
+                if run.returncode == 0:
+                    break
+                assert turn < 2, run.stderr
 
         def state():
             return call_path(dashboard, "/api/serve/applications/", headers=headers)[1]["applications"]["classifier"]
@@ -339,8 +345,11 @@ def test_serve_deploy_scales_and_a_killed_replica_loses_only_its_own_requests(bu
         assert not clients.wrong
 
 
-def test_requests_that_wait_form_batches(bundle):
-    outcomes = run_app(bundle, "batches")
+def test_requests_that_wait_form_batches_and_faults_are_noticed(bundle):
+    (*settings, health), outcomes = run_app("check", bundle)
+    assert len(settings) == 4
+    assert all("Set only max_batch_size, from 1 to 1024." in each for each in settings)
+    assert health == "The model onnx-int8 returns a score that is no number."
     assert outcomes["merged"] == {
         "answers": [[5], [1], [2, 3], [4, 1], [1], [4]],
         "batches": [["first"], ["a", "bb", "ccc"], ["dddd", "e", "f"], ["last"]],
@@ -359,42 +368,31 @@ def test_requests_that_wait_form_batches(bundle):
     }
 
 
-def test_wrong_settings_and_a_model_that_returns_no_number_are_noticed(bundle):
-    *settings, health = run_app(bundle, "health")
-    assert len(settings) == 4
-    assert all("Set only max_batch_size, from 1 to 1024." in each for each in settings)
-    assert health == "The model onnx-int8 returns a score that is no number."
-
-
 def test_a_modified_bundle_is_not_served(bundle, tmp_path):
-    copy = shutil.copytree(bundle, tmp_path / "copy")
-    assert run_app(copy, "start") is None
-    with (copy / "classify.py").open("a") as file:
+    modified, incomplete = (shutil.copytree(bundle, tmp_path / name) for name in ("modified", "incomplete"))
+    with (modified / "classify.py").open("a") as file:
         file.write("raise SystemExit('the changed file ran')\n")
-    assert re.match(r"InvalidBundleError: classify.py has \d+ bytes instead of \d+\.", run_app(copy, "start"))
-    (copy / "bundle.json").unlink()
-    assert run_app(copy, "start").startswith("FileNotFoundError")
+    (incomplete / "bundle.json").unlink()
+    changed, missing, good = run_app("start", modified, incomplete, bundle)
+    assert re.match(r"InvalidBundleError: classify.py has \d+ bytes instead of \d+\.", changed)
+    assert missing.startswith("FileNotFoundError")
+    assert good is None
 
 
-def test_a_model_with_its_tokenizer_and_several_labels_returns_independent_probabilities(built_tiny, tmp_path):
-    folder = ship(built_tiny, tmp_path / "bundle", FP32, with_tokenizer=True)
-    with tc.Classifier(folder, threads=1) as classifier:
+def test_models_of_other_tasks_have_other_outputs(built_tiny, tmp_path):
+    """The graphs of the second bundle contain the tokenizer."""
+    folders = [ship(built_tiny, tmp_path / "scores", FP32), ship(built_tiny, tmp_path / "b", FP32, with_tokenizer=True)]
+    with tc.Classifier(built_tiny.load(FP32), threads=1) as classifier:
         expected = probabilities(classifier(["a film", "café naïve"]))
-    change_task(folder, "multi_label_classification")
-    status, answer = run_app(folder, "answer", "a film", "café naïve")
-    assert (status, [output["name"] for output in answer["outputs"]]) == (200, ["probabilities"])
-    assert np.allclose(read_rows(answer, "probabilities"), expected, atol=1e-5)
-
-
-def test_a_regression_model_returns_its_scores(built_tiny, bundle, tmp_path):
-    folder = shutil.copytree(bundle, tmp_path / "bundle")
-    change_task(folder, "regression")
-    status, answer = run_app(folder, "answer", "a film")
-    assert (status, [output["name"] for output in answer["outputs"]]) == (200, ["logits"])
-    odds = np.exp(read_rows(answer, "logits"))
-    with tc.Classifier(built_tiny.load(INT8), threads=1) as classifier:
-        expected = probabilities([classifier("a film")])
-    assert np.allclose(odds / odds.sum(), expected, atol=1e-5)
+    for folder, task in zip(folders, ("regression", "multi_label_classification"), strict=True):
+        change_task(folder, task)
+    answers = run_app("answer", *folders)
+    assert [status for status, _ in answers] == [200, 200]
+    names = [[output["name"] for output in answer["outputs"]] for _, answer in answers]
+    assert names == [["logits"], ["probabilities"]]
+    odds = np.exp(read_rows(answers[0][1], "logits"))
+    assert np.allclose(odds / odds.sum(axis=1, keepdims=True), expected, atol=1e-5)
+    assert np.allclose(read_rows(answers[1][1], "probabilities"), expected, atol=1e-5)
 
 
 def test_the_configuration_fits_the_limits_of_the_code(bundle):
