@@ -49,13 +49,13 @@ TENSOR = request("a film")["inputs"][0]
 MAX_BODY_BYTES = 1 << 20
 ONGOING = 4  # `max_ongoing_requests` of the cluster's replicas
 LOAD = 16  # clients; so the replicas hold at most 2 * ONGOING of their requests, and the others wait
-# A cluster that starts and ends replicas within seconds.
+# A cluster that starts a second replica after a second of load, and keeps it.
 SCALING = {
     "min_replicas": 1,
     "max_replicas": 2,
     "target_ongoing_requests": 2,
     "upscale_delay_s": 0,
-    "downscale_delay_s": 1,
+    "downscale_delay_s": 600,
     "metrics_interval_s": 0.2,
     "look_back_period_s": 1,
 }
@@ -264,13 +264,12 @@ def wait_for(condition, seconds=120):
 
 
 class Clients:
-    """Clients that send sentences one after the other until `stop`; each notes its answers by status.
-
-    A pause after each answer leaves the processor to the replicas.
-    """
+    """Clients that send sentences one after the other until `stop`; each notes its answers by status."""
 
     def __init__(self, port, labels):
         self._port, self._labels, self._is_over = port, labels, threading.Event()
+        self.may_send = threading.Event()
+        self.may_send.set()
         self.statuses, self.wrong = [Counter() for _ in range(LOAD)], []
         self._pool = ThreadPoolExecutor(LOAD)
         self._running = [self._pool.submit(self._run, number) for number in range(LOAD)]
@@ -278,6 +277,7 @@ class Clients:
     def _run(self, number):
         client = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         for turn, (text, label) in enumerate(self._labels * 1000):
+            self.may_send.wait()
             if self._is_over.is_set():
                 break
             client.request("POST", f"/v2/models/{FP32}/infer", json.dumps({**request(text), "id": f"{number}-{turn}"}))
@@ -288,7 +288,6 @@ class Clients:
                 answer = json.loads(content)
                 if (answer["id"], read_rows(answer, "label")[0][0]) != (f"{number}-{turn}", label):
                     self.wrong.append((text, answer))
-            time.sleep(0.01)
         client.close()
 
     def total(self):
@@ -298,6 +297,7 @@ class Clients:
     def stop(self):
         """Ends all clients; raises the error of a client that got no answer."""
         self._is_over.set()
+        self.may_send.set()
         for each in self._running:
             each.result(60)
         self._pool.shutdown()
@@ -313,33 +313,40 @@ def test_serve_deploy_scales_and_a_killed_replica_loses_only_its_own_requests(bu
     configuration = ray_configuration(bundle, tmp_path / "serve.yaml", port, **settings)
     with ray_head(bundle, tmp_path) as (serve, state):
 
-        def running():
-            replicas = state()["deployments"].get("Server", {}).get("replicas", [])
-            return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
+        def server():
+            return state()["deployments"].get("Server", {"replicas": []})
+
+        def running(count):
+            pids = [replica["pid"] for replica in server()["replicas"] if replica["state"] == "RUNNING"]
+            return pids if len(pids) == count else None
 
         serve("deploy", configuration)
-        assert len(wait_for(running)) == 1
+        wait_for(lambda: running(1))
         clients = Clients(port, labels)
-        first, second = wait_for(lambda: pids if len(pids := running()) == 2 else None)
-        time.sleep(0.5)  # so that both replicas have requests
+        wait_for(lambda: server()["target_num_replicas"] == 2)
+        clients.may_send.clear()  # so that the second replica gets the processor for its start
+        first, second = wait_for(lambda: running(2))
+        clients.may_send.set()
+        time.sleep(1)  # so that both replicas have requests
         psutil.Process(first).kill()
-        pids = wait_for(lambda: pids if len(pids := running()) == 2 and first not in pids else None)
-        assert second in pids
+        answered = clients.total()[200]
+        wait_for(lambda: clients.total()[200] > answered + 5 * LOAD)
         clients.stop()
+        pids = wait_for(lambda: pids if (pids := running(2)) and first not in pids else None)
+        assert second in pids
         assert not clients.wrong
         statuses = clients.total()
         # All waiting requests and all later ones were answered.
         assert set(statuses) <= {200, 500}
         assert statuses[500] <= ONGOING
-        assert statuses[200] > 10 * LOAD
         assert all(each[500] <= 1 for each in clients.statuses)
-        assert len(wait_for(lambda: pids if len(pids := running()) == 1 else None)) == 1
 
-        # The same application with another setting, in the running cluster: requests that find no place get an error.
-        serve("deploy", ray_configuration(bundle, tmp_path / "serve.yaml", port, **settings, max_queued_requests=1))
-        wait_for(lambda: state()["status"] == "RUNNING")
+        # Other settings for the running application: one replica, and requests that find no place get an error.
+        settings |= {"autoscaling_config": {**SCALING, "max_replicas": 1}, "max_queued_requests": 1}
+        serve("deploy", ray_configuration(bundle, tmp_path / "serve.yaml", port, **settings))
+        assert wait_for(lambda: running(1))[0] in pids
         clients = Clients(port, labels)
-        wait_for(lambda: clients.total()[503])
+        wait_for(lambda: clients.total()[503] and clients.total()[200])
         clients.stop()
         assert set(clients.total()) == {200, 503}
         assert not clients.wrong
