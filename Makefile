@@ -25,6 +25,8 @@ KILLS ?= 200
 SHIP ?= onnx-int8
 # FULL=1: about 60 s a cell instead of 20.
 FULL ?=
+# SPARK=1: `make test-clients` also installs Spark, which takes 1 GB and needs Java.
+SPARK ?=
 
 # NEEDED is `runtime_set` of toolchain/system/hardware.py, for when there is no Python to ask yet.
 ASK = nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null
@@ -129,11 +131,15 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(INTO)/triton install "tritonclient[grpc]==2.73.0" nvidia-pytriton==0.7.0 onnxruntime==1.32.0 onnxruntime-extensions==0.15.2
 	$(NEW)/mlflow
 	$(INTO)/mlflow install -c constraints/cpu.txt mlflow-skinny==3.17.2 pandas onnx onnxruntime tokenizers numpy
+	$(if $(SPARK),$(NEW)/spark)
+	$(if $(SPARK),$(INTO)/spark install -c constraints/cpu.txt pyspark==4.3.0 mlflow-skinny==3.17.2 pyarrow pandas onnx onnxruntime tokenizers numpy)
 	$(NEW)/notebook
 	$(INTO)/notebook install -c constraints/cpu.txt nbclient==0.11.0 ipykernel==7.4.0
 	$(BIN)/python $(SITE) > "$$($(CLIENTS)/notebook/bin/python $(SITE))/venv.pth"
 	$(NEW)/kserve
 	$(INTO)/kserve install --require-hashes -r $(FILES)/requirements_kserve.lock
+	$(NEW)/ray-serve
+	$(INTO)/ray-serve install --require-hashes -r $(FILES)/requirements_ray_serve.lock
 	$(NEW)/phone
 	$(INTO)/phone install onnxruntime==1.17.3 'numpy<2' tokenizers==0.22.2
 	tests/clients/arm_root.sh $(CLIENTS)/arm $(BIN)/pip
@@ -156,7 +162,7 @@ locks: $(VENV)/.installed ## pin the Python packages of bundles with sha256, in 
 	$(BIN)/pip install --disable-pip-version-check -q uv
 	(sed "s/^onnxruntime-extensions==.*/& ; sys_platform != 'win32'/" constraints/cpu.txt; \
 		echo "onnxruntime-extensions==0.15.0 ; sys_platform == 'win32'") > $(VENV)/locks.txt
-	for name in requirements requirements_text requirements_mlflow; do \
+	for name in requirements requirements_text requirements_mlflow requirements_ray_serve; do \
 		sed 's/{{.*}}/0/' $(FILES)/$$name.txt.j2 | $(LOCK) -c $(VENV)/locks.txt -o $(FILES)/$$name.lock - || exit 1; \
 	done
 	sed -n 's/ \\$$//p' $(FILES)/requirements_text.lock | grep -v -e '^ ' -e '^protobuf==' > $(VENV)/locks.txt

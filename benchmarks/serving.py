@@ -1,15 +1,16 @@
-"""Measures Triton and the predictor for KServe under load, on the bundle for servers of the reference model.
+"""Measures Triton, the predictor for KServe and Ray Serve under load, on bundles of the reference model.
 
     make test-clients
     python benchmarks/serving.py
 
-Both servers run on this machine and answer on loopback, each with one thread for the model. 1 to 32 clients send single
-validation sentences. Each client sends its next request when it has the answer to the last one. In each round, every
-combination of a server and a number of clients runs once, in random order. In the end, 8 clients send requests to each
+The servers run on this machine and answer on loopback, each with one thread for the model; Ray Serve has one replica. 1
+to 32 clients send single validation sentences. Each client sends its next request when it has the answer to the last
+one. In each round, every server starts once, in random order, and runs alone: Ray's own processes also compute when no
+request arrives. Then each number of clients has its turn, in random order. In the end, 8 clients send requests to each
 server for `--soak-s` seconds. A request is lost if the server does not answer it with the status 200 and with its id.
 
 Triton runs here with a Python stand-in for its ONNX Runtime backend, `tests/clients/triton_backend.py`, because no
-Python package contains this backend. The script takes about 13 minutes, and writes
+Python package contains this backend. The script takes about 22 minutes, and writes
 benchmarks/studies/serving-reference.json. It exits with 1 if a server lost a request.
 """
 
@@ -26,7 +27,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,12 @@ class Load:
         return {**counts, "throughput_per_s": round(len(self.times_us) / self.seconds, 2), **figures}
 
 
-def run_clients(port: int, count: int, seconds: float, labels: Mapping[str, int]) -> Load:
+def run_clients(port: int, model: str, count: int, seconds: float, labels: Mapping[str, int]) -> Load:
     """Lets clients send sentences for some time; each client keeps one connection open.
 
     Args:
         port: Port of the server on loopback.
+        model: Name of the model on the server.
         count: Number of clients.
         seconds: Time after which the clients send no new request.
         labels: Sentence → index of its label in Python.
@@ -102,7 +104,7 @@ def run_clients(port: int, count: int, seconds: float, labels: Mapping[str, int]
     def run(number: int) -> None:
         texts = random.Random(SEED + number).sample(list(labels), len(labels))
         barrier.wait()
-        _send_until(time.perf_counter() + seconds, port, number, texts, labels, loads[number])
+        _send_until(time.perf_counter() + seconds, port, model, number, texts, labels, loads[number])
 
     with ThreadPoolExecutor(count) as pool:
         waiting = [pool.submit(run, number) for number in range(count)]
@@ -120,7 +122,7 @@ def run_clients(port: int, count: int, seconds: float, labels: Mapping[str, int]
 
 
 def _send_until(
-    end: float, port: int, number: int, texts: Sequence[str], labels: Mapping[str, int], load: Load
+    end: float, port: int, model: str, number: int, texts: Sequence[str], labels: Mapping[str, int], load: Load
 ) -> None:
     """Sends texts one after the other, and adds what the client saw to `load`."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
@@ -131,7 +133,7 @@ def _send_until(
         body = json.dumps({**servers.request(text), "id": request_id})
         started = time.perf_counter()
         try:
-            client.request("POST", f"/v2/models/{VARIANT}_text/infer", body)
+            client.request("POST", f"/v2/models/{model}/infer", body)
             response = client.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException) as error:
@@ -155,17 +157,27 @@ class Server:
 
     Attributes:
         name: Name of the server.
+        model: Name of the model on the server.
         port: Its port on loopback.
         process: Its process.
     """
 
     name: str
+    model: str
     port: int
     process: psutil.Process
 
+    def run_clients(self, count: int, seconds: float, labels: Mapping[str, int]) -> Load:
+        """Lets clients send sentences to this server; see the function `run_clients`."""
+        return run_clients(self.port, self.model, count, seconds, labels)
+
     def resident_bytes(self) -> int:
         """Returns the resident memory of the server's process and of all its child processes."""
-        return sum(each.memory_info().rss for each in (self.process, *self.process.children(recursive=True)))
+        resident = 0
+        for each in (self.process, *self.process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):  # some processes of Ray are short
+                resident += each.memory_info().rss
+        return resident
 
     def batch_sizes(self) -> Counter[int]:
         """Returns how many batches of each size the model computed since the start; only Triton states it."""
@@ -181,43 +193,60 @@ class Server:
         return {"version": version, **({"backend": STAND_IN} if self.name == "Triton" else {})}
 
 
+# Name of a server → the target of its bundle, and the name of the model on the server.
+SERVERS = {
+    "Triton": ("server", f"{VARIANT}_text"),
+    "KServe": ("server", f"{VARIANT}_text"),
+    "Ray Serve": ("ray-serve", VARIANT),
+}
+ONE_REPLICA = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}}
+
+
 @contextmanager
-def start_servers(bundle: Path, folder: Path) -> Iterator[list[Server]]:
-    """Starts both servers on a bundle, with their logs in `folder`; yields them when they are ready."""
-    with ExitStack() as stack:
-        running = []
-        for name, start, served in (
-            ("Triton", servers.triton_process, bundle / "repository"),
-            ("KServe", servers.kserve_process, bundle),
-        ):
-            (folder / name).mkdir()
-            port = servers.free_port()
-            process, log = stack.enter_context(start(served, folder / name, port))
+def start_server(name: str, folder: Path) -> Iterator[Server]:
+    """Starts a server on its bundle in `folder`, with its log in a folder of its own; yields it when it is ready."""
+    target, model = SERVERS[name]
+    port, bundle = servers.free_port(), folder / target
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        starters = {
+            "Triton": lambda: servers.triton_process(bundle / "repository", Path(scratch), port),
+            "KServe": lambda: servers.kserve_process(bundle, Path(scratch), port),
+            "Ray Serve": lambda: servers.ray_serve_process(bundle, Path(scratch), port, **ONE_REPLICA),
+        }
+        with starters[name]() as (process, log):
             servers.wait_until_ready(port, process, log)
-            running.append(Server(name, port, psutil.Process(process.pid)))
-        yield running
+            yield Server(name, model, port, psutil.Process(process.pid))
 
 
-def measure(running: Sequence[Server], rounds: int, round_s: float, labels: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Runs every combination of a server and a number of clients once in each round; returns a row for each."""
-    cells = [(server, count) for server in running for count in CLIENTS]
-    figures: dict[tuple[Server, int], list[dict[str, Any]]] = {cell: [] for cell in cells}
-    batches: dict[tuple[Server, int], Counter[int]] = {cell: Counter() for cell in cells}
-    order = [cell for turn in range(rounds) for cell in random.Random(SEED + turn).sample(cells, len(cells))]
-    for server in running:
-        run_clients(server.port, SOAK_CLIENTS, WARM_UP_S, labels)
+def measure(folder: Path, rounds: int, round_s: float, labels: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Runs every combination of a server and a number of clients once in each round; returns a row for each.
+
+    Args:
+        folder: Folder of the bundles.
+        rounds: Number of rounds.
+        round_s: Seconds of each combination.
+        labels: Sentence → index of its label in Python.
+    """
+    cells = [(name, count) for name in SERVERS for count in CLIENTS]
+    figures: dict[tuple[str, int], list[dict[str, Any]]] = {cell: [] for cell in cells}
+    batches: dict[tuple[str, int], Counter[int]] = {cell: Counter() for cell in cells}
     with bar("serving") as progress:
-        for done, (server, count) in enumerate(order):
-            progress(done, len(order), f"{server.name}, {count} clients")
-            before = server.batch_sizes()
-            figures[server, count].append(run_clients(server.port, count, round_s, labels).figures())
-            batches[server, count] += server.batch_sizes() - before
-    return [_row(server, count, figures[server, count], batches[server, count]) for server, count in cells]
+        for turn in range(rounds):
+            order = random.Random(SEED + turn)
+            for name in order.sample(list(SERVERS), len(SERVERS)):
+                with start_server(name, folder) as server:
+                    server.run_clients(SOAK_CLIENTS, WARM_UP_S, labels)
+                    for count in order.sample(CLIENTS, len(CLIENTS)):
+                        progress(sum(map(len, figures.values())), rounds * len(cells), f"{name}, {count} clients")
+                        before = server.batch_sizes()
+                        figures[name, count].append(server.run_clients(count, round_s, labels).figures())
+                        batches[name, count] += server.batch_sizes() - before
+    return [_row(*cell, figures[cell], batches[cell]) for cell in cells]
 
 
-def _row(server: Server, count: int, rounds: Sequence[Mapping[str, Any]], batches: Counter[int]) -> dict[str, Any]:
+def _row(server: str, count: int, rounds: Sequence[Mapping[str, Any]], batches: Counter[int]) -> dict[str, Any]:
     """Returns the row of a server and a number of clients, with a mean and its confidence interval over rounds."""
-    row: dict[str, Any] = {"server": server.name, "clients": count}
+    row: dict[str, Any] = {"server": server, "clients": count}
     for name in ("requests", "lost", "flips"):
         row[name] = sum(each[name] for each in rounds)
     for name in ("throughput_per_s", "p50_ms", "p99_ms"):
@@ -231,7 +260,7 @@ def _row(server: Server, count: int, rounds: Sequence[Mapping[str, Any]], batche
 def soak(server: Server, seconds: float, labels: Mapping[str, int]) -> dict[str, Any]:
     """Sends requests of `SOAK_CLIENTS` clients for a long time; returns the figures, and the server's memory."""
     resident_bytes = [server.resident_bytes()]
-    load = run_clients(server.port, SOAK_CLIENTS, seconds, labels)
+    load = server.run_clients(SOAK_CLIENTS, seconds, labels)
     resident_bytes.append(server.resident_bytes())
     return {
         "server": server.name,
@@ -250,25 +279,29 @@ def soak(server: Server, seconds: float, labels: Mapping[str, int]) -> dict[str,
 @click.option("--exported", type=click.Path(path_type=Path), default=ROOT / "exported", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=STUDY, show_default=True)
 def main(rounds: int, round_s: float, soak_s: float, exported: Path, output: Path) -> None:
-    """Ships the bundle, measures both servers, saves the results and prints them."""
-    reason = servers.missing() or (None if servers.KSERVE.exists() else "needs `make test-clients`")
+    """Ships the bundles, measures the servers, saves the results and prints them."""
+    are_installed = servers.KSERVE.exists() and servers.RAY_SERVE.exists()
+    reason = servers.missing() or (None if are_installed else "needs `make test-clients`")
     if reason:
         raise click.ClickException(f"The servers cannot run on this machine: {reason}.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        shipping.ship(
-            Workspace.open("reference", exported), Order((VARIANT,), "server"), folder / "bundle", say, no_bar
-        )
-        classify = Classifier(folder / "bundle")
+        workspace = Workspace.open("reference", exported)
+        for target in sorted({target for target, _ in SERVERS.values()}):
+            shipping.ship(workspace, Order((VARIANT,), target), folder / target, say, no_bar)
+        classify = Classifier(folder / "server")
         labels = {
             text: classify.labels.index(max(scores, key=scores.__getitem__))
             for text in map(str, inputs.load_embedded().texts)
             for scores in classify([text])
         }
-        with start_servers(folder / "bundle", folder) as running:
-            facts = {server.name: server.facts() for server in running}
-            rows = measure(running, rounds, round_s, labels)
-            soaks = [soak(server, soak_s, labels) for server in running]
+        rows = measure(folder, rounds, round_s, labels)
+        facts, soaks = {}, []
+        for name in SERVERS:
+            with start_server(name, folder) as server:
+                facts[name] = server.facts()
+                server.run_clients(SOAK_CLIENTS, WARM_UP_S, labels)
+                soaks.append(soak(server, soak_s, labels))
     body = {
         "schema": 1,
         "machine": hardware.machine(),
@@ -290,17 +323,23 @@ def main(rounds: int, round_s: float, soak_s: float, exported: Path, output: Pat
 
 def summary(body: dict[str, Any]) -> list[str]:
     """Returns a text table of the results, as a list of lines."""
-    lines = [f"{'':19} {'requests/s':>10} {'p50 ms':>8} {'p99 ms':>8} {'lost':>5} {'mean batch':>11}"]
+    names = {
+        (row["server"], row["clients"]): f"{row['server']}, {row['clients']} client{'s' if row['clients'] > 1 else ''}"
+        for row in body["rows"]
+    }
+    width = max(map(len, names.values())) + 1
+    lines = [f"{'':{width}} {'requests/s':>10} {'p50 ms':>8} {'p99 ms':>8} {'lost':>5} {'mean batch':>11}"]
     for row in body["rows"]:
         batches = {int(size): number for size, number in row["batches"].items()}
         texts = sum(size * number for size, number in batches.items())
-        size = f"{texts / sum(batches.values()):.1f}" if batches else "1.0"
-        name = f"{row['server']}, {row['clients']} client{'s' if row['clients'] > 1 else ''}"
+        # Ray Serve merges requests as well, but does not state how many.
+        size = f"{texts / sum(batches.values()):.1f}" if batches else "–" if row["server"] == "Ray Serve" else "1.0"
+        name = names[row["server"], row["clients"]]
         throughput, p50, p99 = (
             f"{row[key]['value']:.{digits}f}" if row[key] else "–"
             for key, digits in (("throughput_per_s", 0), ("p50_ms", 1), ("p99_ms", 1))
         )
-        lines.append(f"{name:19} {throughput:>10} {p50:>8} {p99:>8} {row['lost']:5} {size:>11}")
+        lines.append(f"{name:{width}} {throughput:>10} {p50:>8} {p99:>8} {row['lost']:5} {size:>11}")
     for row in body["soak"]:
         growth = (row["resident_bytes_after"] - row["resident_bytes_before"]) / 1e6
         lines.append(

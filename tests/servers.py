@@ -1,4 +1,4 @@
-"""Starts Triton and the predictor for KServe on a bundle, and sends them texts over HTTP.
+"""Starts Triton, the predictor for KServe and Ray Serve on a bundle, and sends them texts over HTTP.
 
 The package nvidia-pytriton contains Triton but not its ONNX Runtime backend. The file
 `tests/clients/triton_backend.py` stands in for this backend.
@@ -7,19 +7,25 @@ The package nvidia-pytriton contains Triton but not its ONNX Runtime backend. Th
 import http.client
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from contextlib import closing, contextmanager
 from pathlib import Path
+
+import psutil
+import yaml
 
 TESTS = Path(__file__).parent
 CLIENTS = TESTS.parent / "exported" / ".cache" / "test-clients"
 VENV = CLIENTS / "triton"
 KSERVE = CLIENTS / "kserve" / "bin" / "python"
+RAY_SERVE = CLIENTS / "ray-serve" / "bin" / "python"
 BACKEND_FILES = ("backends/python/libtriton_python.so", "backends/python/triton_python_backend_utils.py")
-START_SECONDS = 60
+START_SECONDS = 180  # for a busy machine; a server that ends is noticed at once
 
 
 def _site_packages():
@@ -89,6 +95,59 @@ def kserve_process(bundle, folder, port, **environment):
         yield started
 
 
+def ray_environment(temporary, **environment):
+    """Returns the environment of Ray's commands: a cluster of its own, which sends nothing and needs a token.
+
+    Args:
+        temporary: Folder of Ray's sockets and logs; the path of a socket has at most 107 characters.
+        environment: Further environment variables.
+    """
+    own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    own |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    own |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # otherwise a cluster needs 30 seconds to end
+    # On a busy machine, Ray Serve would give up a slow start.
+    own |= {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": "120" for check in ("READY", "HEALTH")}
+    others = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
+    return {**others, **own, **environment}
+
+
+def ray_configuration(bundle, file, port, **settings):
+    """Writes the bundle's serve.yaml with another port, and with other settings of the deployment; returns `file`."""
+    body = yaml.safe_load((bundle / "serve.yaml").read_text())
+    body["http_options"]["port"] = port
+    body["applications"][0]["deployments"][0] |= settings
+    file.write_text(yaml.safe_dump(body))
+    return file
+
+
+@contextmanager
+def ray_serve_process(bundle, folder, port, **settings):
+    """Starts `serve run` on a bundle, with its log in `folder`, and ends it; yields as `triton_process`.
+
+    Args:
+        settings: Settings that replace those of the deployment in the bundle's serve.yaml.
+    """
+    with tempfile.TemporaryDirectory(prefix="ray-") as temporary:
+        configuration = ray_configuration(bundle, folder / "serve.yaml", port, **settings)
+        command = [RAY_SERVE.parent / "serve", "run", "--address", "local", configuration]
+        with ray_process(command, folder / "ray.log", ray_environment(temporary), bundle) as started:
+            yield started
+
+
+@contextmanager
+def ray_process(command, log, environment, cwd=None):
+    """Starts a command that starts Ray, and ends it as `server_process`; then waits until no process of it remains."""
+    children = []
+    with server_process(command, log, environment, cwd) as (process, log):
+        try:
+            yield process, log
+        finally:
+            if process.poll() is None:
+                children = psutil.Process(process.pid).children(recursive=True)
+    if remaining := psutil.wait_procs(children, timeout=30)[1]:
+        raise AssertionError(f"Ray did not end: {remaining}")
+
+
 @contextmanager
 def server_process(command, log, environment, cwd=None):
     """Starts a server and ends it; yields the process and the path of its log."""
@@ -117,6 +176,11 @@ def kserve(bundle, folder):
     return _start(kserve_process, bundle, folder)
 
 
+def ray_serve(bundle, folder):
+    """Starts `serve run` on a bundle, waits until the models are ready, and yields the port."""
+    return _start(ray_serve_process, bundle, folder)
+
+
 @contextmanager
 def _start(start_process, source, folder):
     port = free_port()
@@ -125,19 +189,19 @@ def _start(start_process, source, folder):
         yield port
 
 
-def wait_until_ready(port, process, log, path="/v2/health/ready"):
+def wait_until_ready(port, process, log, path="/v2/health/ready", headers=None):
     """Returns when the server answers that it is ready; raises `AssertionError` if it does not start."""
     end = time.monotonic() + START_SECONDS
-    while not _is_ready(port, path):
+    while not _is_ready(port, path, headers):
         if process.poll() is not None or time.monotonic() > end:
             raise AssertionError(f"The server did not start:\n{log.read_text()[-3000:]}")
         time.sleep(0.1)
 
 
-def _is_ready(port, path):
+def _is_ready(port, path, headers):
     try:
-        return call_path(port, path)[0] == 200
-    except OSError:
+        return call_path(port, path, headers=headers)[0] == 200
+    except (OSError, ValueError):  # Ray Serve answers with plain text until the application runs
         return False
 
 

@@ -53,6 +53,7 @@ NOT_RUN = {
     "toolchain ship onnx-int8 --target web": SAME,
     "toolchain ship onnx-int8 --target python": SAME,
     "toolchain ship onnx-int8 --target mlflow": SAME,
+    "toolchain ship onnx-int8 --target ray-serve": "tests/ship/test_ray_serve.py ships the same",
     "toolchain ship onnx-std onnx-std-int8 --target other": SAME,
     "toolchain ship onnx-int8 --target python --output app-tuned --session session.json --session-for throughput": (
         "needs a session file; tests/ship/test_session_settings.py makes one"

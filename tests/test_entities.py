@@ -186,9 +186,10 @@ def test_a_token_classifier_is_not_shipped_with_its_tokenizer_in_the_graph(run, 
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_token_classifier_is_not_shipped_to_mlflow(run, tmp_path):
-    err = run("ship", "onnx-int8", "--target", "mlflow", "--output", tmp_path / "bundle", code=1)
-    assert "A bundle for mlflow cannot have a token classifier" in err
+@pytest.mark.parametrize("target", ["mlflow", "ray-serve"])
+def test_a_token_classifier_is_not_shipped_to_a_target_without_lists(run, tmp_path, target):
+    err = run("ship", "onnx-int8", "--target", target, "--output", tmp_path / "bundle", code=1)
+    assert f"A bundle for {target} cannot have a token classifier" in err
     assert "Ship for python" in err
     assert not (tmp_path / "bundle").exists()
 

@@ -115,7 +115,8 @@ def test_modules_of_a_room_do_not_import_each_other(room_name):
 
 
 RUNNERS = {
-    f"toolchain.ship.bundle_files.{name}" for name in ("classify", "classify_text", "classify_tokens", "mlflow_model")
+    f"toolchain.ship.bundle_files.{name}"
+    for name in ("classify", "classify_text", "classify_tokens", "mlflow_model", "serve_app")
 }
 
 # These modules define classes that need torch; other files import them inside functions.
@@ -125,7 +126,7 @@ NEEDS_TORCH = {
 }
 
 
-# The runners of bundles become part of an app that already has numpy, or of MLflow, which has pandas.
+# The runners of bundles become part of an app that already has numpy, or of MLflow or Ray.
 @pytest.mark.parametrize("module", sorted(set(paths_by_module()) - NEEDS_TORCH - RUNNERS))
 def test_no_module_imports_a_heavy_package_at_module_level(module):
     for imported, at_top in imports_of(paths_by_module()[module], include_typing=False):

@@ -266,7 +266,7 @@ def test_a_benchmark_finds_the_exit_of_each_sentence(run, tiny, tmp_path, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["python", "web", "mobile", "server", "mlflow", "other"])
+@pytest.mark.parametrize("target", ["python", "web", "mobile", "server", "ray-serve", "mlflow", "other"])
 def test_a_variant_with_exits_is_shipped_to_every_target(run, tiny, tmp_path, target):
     parent = "onnx-std" if target == "other" else "onnx-int8"
     name = "onnx-std-exits" if target == "other" else "onnx-exits-int8"

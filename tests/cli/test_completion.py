@@ -137,7 +137,7 @@ def test_other_values_are_completed_by_the_shell(complete):
 
 def test_the_answers_of_init_are_completed(complete):
     assert complete("toolchain init --target ") == plain(
-        "compare", "mlflow", "mobile", "other", "python", "server", "web"
+        "compare", "mlflow", "mobile", "other", "python", "ray-serve", "server", "web"
     )
     assert complete("toolchain init --target m") == plain("mlflow", "mobile")
     assert complete("toolchain init --data s") == plain("sst2")

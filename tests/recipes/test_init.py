@@ -307,7 +307,7 @@ def test_a_token_classifier_gets_no_exits_and_no_bundle_for_mlflow(folder, say, 
     words = '{"text": "in Rome today and also tomorrow", "label": ["O", "B-CITY", "O", "O", "O", "O"]}\n'
     (folder / "words.jsonl").write_text(words * 30)
     options = ("--model", "my-checkpoint", "--data", "words.jsonl", "--max-drop", "1", "--target")
-    for target in ("mlflow", "server"):
+    for target in ("mlflow", "ray-serve", "server"):
         code, _, err = say("init", *options, target)
         assert code == 1
         assert "token classifier" in err

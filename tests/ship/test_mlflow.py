@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +29,11 @@ from toolchain.ship.shipping import Order
 from toolchain.ship.targets import BUNDLE_FILES, mlflow
 
 PYTHON = ROOT / "exported" / ".cache" / "test-clients" / "mlflow" / "bin" / "python"
+SPARK = PYTHON.parents[2] / "spark" / "bin" / "python"
 needs_mlflow = pytest.mark.skipif(not PYTHON.exists(), reason="needs `make test-clients`")
+needs_spark = pytest.mark.skipif(
+    not SPARK.exists() or shutil.which("java") is None, reason="needs Java and `make test-clients SPARK=1`"
+)
 COUNT = 300
 VARIABLES = {"TOOLCHAIN_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 pytestmark = pytest.mark.slow
@@ -187,6 +192,49 @@ def test_the_code_of_the_page_runs(bundle):
     result = subprocess.run([PYTHON, "-c", code], env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "score_POSITIVE" in result.stdout
+
+
+SPARK_CODE = """
+import json, sys
+import mlflow.pyfunc
+from pyspark.errors import PythonException
+from pyspark.sql import SparkSession
+spark = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false").getOrCreate()
+classify = mlflow.pyfunc.spark_udf(spark, sys.argv[1], env_manager="local")
+texts = list(enumerate(json.load(sys.stdin)))
+table = spark.createDataFrame(texts, ["number", "text"]).repartition(4)
+rows = table.withColumn("answer", classify("text")).select("number", "answer.*").orderBy("number").collect()
+print(json.dumps([row.asDict() for row in rows]))
+try:
+    spark.createDataFrame([(None,)], "text string").select(classify("text")).collect()
+except PythonException as error:
+    print(json.dumps("the column 'text' holds no text" in str(error)))
+"""
+
+
+def run_spark(code, *arguments, **options):
+    variables = {"PYSPARK_PYTHON": str(SPARK), "SPARK_LOCAL_IP": "127.0.0.1"}
+    command = [SPARK, "-c", code, *arguments]
+    result = subprocess.run(command, env=environment() | variables, capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@needs_spark
+def test_spark_scores_a_table_as_python_does(bundle, texts, expected, tmp_path):
+    answers, error = map(
+        json.loads, run_spark(SPARK_CODE, bundle, input=json.dumps(texts), cwd=tmp_path).splitlines()[-2:]
+    )
+    assert [answer.pop("number") for answer in answers] == list(range(COUNT))
+    require_equal_answers(answers, expected)
+    assert error
+    assert shipping.verify(bundle)["target"] == "mlflow"  # Spark wrote no file into the bundle
+
+
+@needs_spark
+def test_the_spark_code_of_the_page_runs(bundle, tmp_path):
+    code = snippet("spark").replace("exported/reference/bundle-mlflow", str(bundle))
+    assert "score_POSITIVE" in run_spark(code, cwd=tmp_path)
 
 
 @contextlib.contextmanager

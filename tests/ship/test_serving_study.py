@@ -46,7 +46,7 @@ def server(answer):
 def test_every_client_sends_and_every_answer_counts():
     seen = []
     with server(lambda number, request_id: seen.append(request_id) or (200, request_id)) as port:
-        load = serving.run_clients(port, 4, 0.2, LABELS)
+        load = serving.run_clients(port, "m", 4, 0.2, LABELS)
     assert {each.split("-")[0] for each in seen} == {"0", "1", "2", "3"}
     assert len(set(seen)) == len(seen) == len(load.times_us)
     assert not load.lost
@@ -67,7 +67,7 @@ def test_every_client_sends_and_every_answer_counts():
 )
 def test_a_request_without_its_answer_is_lost(answer, reason):
     with server(answer) as port:
-        load = serving.run_clients(port, 1, 0.3, LABELS)
+        load = serving.run_clients(port, "m", 1, 0.3, LABELS)
     assert load.lost == {reason: 1}
     assert len(load.times_us) > 2
 
@@ -75,6 +75,6 @@ def test_a_request_without_its_answer_is_lost(answer, reason):
 def test_a_server_that_is_gone_loses_every_request():
     with server(lambda number, request_id: (200, request_id)) as port:
         pass
-    figures = serving.run_clients(port, 2, 0.2, LABELS).figures()
+    figures = serving.run_clients(port, "m", 2, 0.2, LABELS).figures()
     assert figures["lost"] == figures["lost_by_reason"]["ConnectionRefusedError"] >= 2
     assert "p50_ms" not in figures

@@ -53,7 +53,8 @@ def bundles_by_target(built_tiny, tmp_path_factory):
     make(built_tiny, folder / "python", "onnx-int8")
     make(built_tiny, folder / "other", "onnx-std", target="other")
     make(built_tiny, folder / "mobile", "onnx-int8", "onnx-fp32", target="mobile")
-    make(built_tiny, folder / "mlflow", "onnx-int8", target="mlflow")
+    for target in ("mlflow", "ray-serve"):
+        make(built_tiny, folder / target, "onnx-int8", target=target)
     return folder
 
 
@@ -72,7 +73,7 @@ def reseal(folder, change):
     (folder / "bundle.json").write_text(json.dumps(body))
 
 
-@pytest.mark.parametrize("target", ["web", "python", "other", "mlflow"])
+@pytest.mark.parametrize("target", ["web", "python", "other", "mlflow", "ray-serve"])
 def test_a_bundle_passes_verification_and_describes_its_models(bundles_by_target, target, built_tiny):
     report = shipping.verify(bundles_by_target / target)
     body = json.loads((bundles_by_target / target / "bundle.json").read_text())
@@ -282,7 +283,7 @@ def structure_of(page):
 
 
 @pytest.mark.parametrize("task", [SINGLE, REGRESSION, TOKENS])
-@pytest.mark.parametrize("target", ["web", "python", "other", "mobile", "mlflow"])
+@pytest.mark.parametrize("target", ["web", "python", "other", "mobile", "mlflow", "ray-serve"])
 def test_hostile_text_of_a_model_stays_text_in_the_readme(bundles_by_target, target, task):
     folder = bundles_by_target / target
     body, golden = (json.loads((folder / f"{name}.json").read_text()) for name in ("bundle", "golden"))

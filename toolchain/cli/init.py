@@ -42,8 +42,8 @@ MAX_COLUMNS = 50  # names of columns in a question
     "--target",
     metavar="TARGET",
     shell_complete=complete_targets,
-    help="Where the model will run: a target of `ship` (web, python, mobile, server, mlflow, other), or `compare` for "
-    "a recipe without a bundle.",
+    help="Where the model will run: a target of `ship` (web, python, mobile, server, ray-serve, mlflow, other), or "
+    "`compare` for a recipe without a bundle.",
 )
 @click.option(
     "--max-drop",

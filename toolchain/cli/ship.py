@@ -41,8 +41,8 @@ def _parse_destination(context: click.Context, parameter: click.Parameter, value
     "--target",
     type=click.Choice(list(TARGETS)),
     help="Kind of app. web: for browser and Node, with transformers.js. python: with onnxruntime and tokenizers. "
-    "mobile: for Android and iOS, with ONNX Runtime. server: for Triton and KServe. mlflow: a model of MLflow. other: "
-    "for any ONNX runtime.",
+    "mobile: for Android and iOS, with ONNX Runtime. server: for Triton and KServe. ray-serve: an application of Ray "
+    "Serve. mlflow: a model of MLflow. other: for any ONNX runtime.",
 )
 @click.option(
     "--ort-mobile",
@@ -66,8 +66,8 @@ def _parse_destination(context: click.Context, parameter: click.Parameter, value
 @click.option(
     "--with-tokenizer",
     is_flag=True,
-    help="python, mobile and server only: put the tokenizer into the graph, with operators of onnxruntime-extensions. "
-    "A model with the tokenizer takes text and returns probabilities.",
+    help="python, mobile, server and ray-serve only: put the tokenizer into the graph, with operators of "
+    "onnxruntime-extensions. A model with the tokenizer takes text and returns probabilities.",
 )
 @click.option(
     "--session",

@@ -485,11 +485,11 @@ class Model:
 
         Args:
             variants: The variants, in order.
-            target: Kind of app: ``web``, ``python``, ``mobile``, ``server``, ``mlflow`` or ``other``.
+            target: Kind of app: ``web``, ``python``, ``mobile``, ``server``, ``ray-serve``, ``mlflow`` or ``other``.
             output: Folder of the bundle; None for ``bundle-TARGET`` beside the variants.
             license: Licence of the bundle; None for the model's licence.
             demo: Whether a web bundle has a demo page; the first demo page needs npm.
-            with_tokenizer: Whether to put the tokenizer into the graph; for python, mobile and server only.
+            with_tokenizer: Whether to put the tokenizer into the graph; for python, mobile, server and ray-serve only.
             exit_confidence: Confidence threshold of variants with exits; None for the build's choice.
 
         Raises:

@@ -23,6 +23,7 @@ PLACES = {
     "python": "Python on a CPU, without PyTorch",
     "mobile": "a phone, with Android or iOS",
     "server": "a server with Triton or KServe, on a CPU or a GPU",
+    "ray-serve": "Ray Serve, on a CPU",
     "mlflow": "MLflow",
     "other": "any other ONNX runtime, such as OpenVINO; C or C++",
     COMPARE: "nowhere yet: only compare variants",
@@ -337,6 +338,7 @@ _SHIP_NOTES = {
     "mobile": f"The phones need ONNX Runtime {DEFAULT} or newer; `toolchain ship --ort-mobile RELEASE` supports "
     "another release.",
     "server": "For NVIDIA GPUs, also add onnx-fp16, as [[variants]] and here: int8 runs on the CPU only.",
+    "ray-serve": "`serve run` and `serve deploy` of Ray Serve run the bundle.",
     "mlflow": "`mlflow models serve` and mlflow.pyfunc load the bundle.",
     "other": "The names of the graphs begin with onnx-std, because other graphs have operators that only ONNX Runtime "
     "has.",

@@ -296,10 +296,11 @@ def check_task(task: str, target: Target, with_tokenizer: bool = False) -> None:
             "the positions of the tokens in the text.",
             "Ship for python, web, mobile or other, without --with-tokenizer.",
         )
-    if target is TARGETS["mlflow"]:
+    places = {"mlflow": "the columns of an MLflow model hold", "ray-serve": "the outputs of the server hold"}
+    if target.name in places:
         raise ShippingError(
-            "A bundle for mlflow cannot have a token classifier, because the columns of an MLflow model hold one value "
-            "for each text, not a list of entities.",
+            f"A bundle for {target.name} cannot have a token classifier, because {places[target.name]} the same number "
+            "of values for each text, not a list of entities.",
             "Ship for python, web, mobile or other.",
         )
 

@@ -119,6 +119,15 @@ _MLFLOW = {
     "code/classify.py": "classify.py",
     "code/__pycache__": "no_pycache.txt",
 }
+_RAY_SERVE = {
+    "README.md": "README.ray-serve.md.j2",
+    "verify.py": "verify.py",
+    "classify.py": "classify.py",
+    "serve_app.py": "serve_app.py",
+    "serve.yaml": "serve.yaml.j2",
+    "requirements.txt": "requirements_ray_serve.txt.j2",
+    LOCK: "requirements_ray_serve.lock",
+}
 _SERVER = {
     "README.md": "README.server.md.j2",
     "verify.py": "verify.py",
@@ -179,6 +188,14 @@ TARGETS = {
             {**_SERVER, "classify.py": "classify_text.py"},
             # The tokenizer graph is not called model.onnx, because optimum would load model.onnx as the classifier.
             tokenizer_path=REPOSITORY + "/tokenizer/1/tokenizer.onnx",
+        ),
+        Target(
+            "ray-serve",
+            _named_after_variant,
+            frozenset({STANDARD, MICROSOFT}),
+            _RAY_SERVE,
+            {**_RAY_SERVE, "classify.py": "classify_text.py"},
+            first_path=_OPTIMUM_FILE,
         ),
         Target(
             "mlflow",
