@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
+import lzma
 import shlex
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from toolchain.data import columnar, folders
 from toolchain.data.columnar import Header
+from toolchain.data.compression import open_text, strip_ending
 from toolchain.errors import DataError
 
 # Endings of files with columns. An input file without an ending of `FORMATS` has plain lines, with one text per line.
@@ -32,11 +33,16 @@ ChooseColumns = Callable[[Header], Sequence[str]]
 class Table:
     """A file or folder with columns.
 
-    The ending of a file says whether it is CSV, TSV, JSON lines (each also gzipped) or Parquet. `folders.list_files`
+    The ending of a file says whether it is CSV, TSV, JSON lines (each also compressed) or Parquet. `folders.list_files`
     lists the files of a folder.
+
+    Attributes:
+        file: Name of the file or folder.
+        has_fixed_keys: Whether a row of JSON lines with a key that the first row lacks is an error.
     """
 
     file: str
+    has_fixed_keys: bool = False
 
     def read(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
         """Yields the chosen columns of each row in order, with None for a missing value.
@@ -117,6 +123,9 @@ class Table:
                 if not isinstance(row, dict):
                     raise self.row_error(number, "the line is not a JSON object")
                 names = choose(Header(row)) if names is None else names
+                if self.has_fixed_keys and (extra := row.keys() - set(names)):
+                    fault = f"the key {min(extra)!r} is not in the first row"
+                    raise self.row_error(number, fault, "Give every row the keys of the first row.")
                 yield tuple(row.get(name) for name in names)
 
     def row_error(self, number: int, fault: str, hint: str = "Correct the row.") -> DataError:
@@ -164,14 +173,13 @@ def has_columns(file: str) -> bool:
 
 
 def kind_of(file: str) -> str:
-    """Returns the file's ending in lower case, without ``.gz``, such as ``.csv``."""
-    name = file.lower()
-    return Path(name.removesuffix(".gz")).suffix
+    """Returns the ending in lower case that states the format of a file, such as ``.csv`` for ``a.csv.gz``."""
+    return Path(strip_ending(file.lower())).suffix
 
 
 @contextmanager
 def convert_read_errors(file: str) -> Iterator[None]:
-    """Converts errors of the operating system, the UTF-8 decoder and gzip to `DataError`."""
+    """Converts errors of the operating system, the UTF-8 decoder and the decompressors to `DataError`."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -179,13 +187,6 @@ def convert_read_errors(file: str) -> Iterator[None]:
             f"{file} is not UTF-8: {error.reason} at byte {error.start}.",
             f"Save the file as UTF-8. If the file is Latin-1, run: iconv -f LATIN1 -t UTF-8 {shlex.quote(file)} > NEW.",
         ) from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         cause = getattr(error, "strerror", None) or error
         raise DataError(f"{file} cannot be read: {cause}.", "Pass a readable file.") from error
-
-
-def open_text(file: str, encoding: str, newline: str) -> IO[str]:
-    """Opens a text file, and decompresses it if its name ends in ``.gz``."""
-    if file.lower().endswith(".gz"):
-        return gzip.open(file, "rt", encoding=encoding, newline=newline)
-    return open(file, encoding=encoding, newline=newline)

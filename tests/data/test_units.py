@@ -1,0 +1,159 @@
+"""Tests of input files in work units: formats, compression, bounds, and errors that name the file."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from toolchain.data import compression, sources, storage
+from toolchain.data.sources import find_parts
+from toolchain.data.tables import Table
+from toolchain.data.units import open_part
+from toolchain.errors import DataError
+
+ROWS = [{"id": str(i), "text": f"film {i}"} for i in range(5)]
+JSON = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+CSV = b"id,text\n" + b"".join(f"{row['id']},{row['text']}\n".encode() for row in ROWS)
+
+
+def zstd(content):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+def read_units(location, rows=2, skip=0, faults=0):
+    (part,) = find_parts([str(location)])
+    units = []
+    with open_part(part) as reader:
+        reader.start(None, part.name, None, None)
+        reader.skip(skip)
+        while not (units and units[-1].is_last):
+            units.append(reader.read(rows, faults))
+    return units
+
+
+@pytest.mark.parametrize("ending", COMPRESSORS)
+@pytest.mark.parametrize(("kind", "content"), [(".csv", CSV), (".jsonl", JSON)])
+def test_compressed_files_give_the_same_rows(tmp_path, kind, content, ending):
+    file = tmp_path / f"in{kind}{ending}"
+    file.write_bytes(COMPRESSORS[ending](content))
+    units = read_units(file)
+    assert [len(unit.texts) for unit in units] == [2, 2, 1]
+    assert [row for unit in units for row in unit.columns.to_pylist()] == ROWS
+    assert [text for unit in read_units(file, skip=3) for text in unit.texts] == ["film 3", "film 4"]
+
+
+def test_a_url_is_read_through_a_copy(tmp_path):
+    with fsspec.open("memory://units/in.jsonl.gz", "wb") as file:
+        file.write(gzip.compress(JSON))
+    assert [text for unit in read_units("memory://units/in.jsonl.gz") for text in unit.texts][-1] == "film 4"
+    (tmp_path / "in.csv").write_bytes(CSV)
+    assert len(read_units((tmp_path / "in.csv").as_uri())) == 3
+    with fsspec.open("memory://units/bad.parquet", "wb") as file:
+        file.write(b"PAR1 nothing")
+    with pytest.raises(DataError, match="memory://units/bad.parquet cannot be read"):
+        read_units("memory://units/bad.parquet")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_file_that_grows_without_bound_is_refused(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(compression, "FREE_BYTES", 1 << 16)
+    file = tmp_path / f"in.jsonl{ending}"
+    file.write_bytes(COMPRESSORS[ending](b"\n" * (1 << 24)))
+    with pytest.raises(DataError, match=r"grows to more than [\d,]+ bytes when it is decompressed"):
+        list(Table(str(file)).read(list))
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path, ending):
+    file = tmp_path / f"in.csv{ending}"
+    file.write_bytes(COMPRESSORS[ending](CSV * 1)[:-6])
+    with pytest.raises(DataError, match=r"in\.csv.* cannot be read"):
+        read_units(file)
+
+
+def test_parquet_keeps_its_types_and_lists_its_faults(tmp_path):
+    table = pyarrow.table({"text": ["a", None, "c"], "stars": pyarrow.array([1, 2, 3], pyarrow.int8())})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    (unit,) = read_units(tmp_path / "in.parquet", rows=10, faults=1)
+    assert unit.columns.schema.field("stars").type == pyarrow.int8()
+    assert unit.faults == [(1, "the column 'text' holds no text")]
+    assert unit.texts == ["a", "", "c"]
+
+
+def test_words_and_surrogates_of_json_lines(tmp_path):
+    lines = [{"tokens": ["a", "b"], "x": 5}, {"tokens": ["\ud800"], "x": None}, {"tokens": ["c"], "x": "\ud800"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (unit,) = read_units(tmp_path / "in.jsonl", rows=10, faults=5)
+    assert unit.texts[0] == "a b"
+    assert [row for row, _ in unit.faults] == [1, 2]
+    assert unit.columns.to_pylist()[0] == {"tokens": '["a", "b"]', "x": "5"}
+
+
+def test_a_key_that_the_first_row_lacks_is_an_error(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b", "more": 1}\n')
+    with pytest.raises(DataError, match="row 2: the key 'more' is not in the first row"):
+        read_units(tmp_path / "in.jsonl")
+
+
+def test_folders_and_patterns_give_their_files_in_order(tmp_path):
+    for name in ("b.csv", "a/c.csv.gz", "_errors/d.csv", ".e.csv", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(gzip.compress(CSV) if name.endswith(".gz") else CSV)
+    assert [part.name for part in find_parts([str(tmp_path)])] == [str(tmp_path / n) for n in ("a/c.csv.gz", "b.csv")]
+    assert [part.name for part in find_parts([f"{tmp_path}/*.csv"])] == [str(tmp_path / "b.csv")]
+    for inputs, message in [
+        ([str(tmp_path / "b.csv")] * 2, "is named twice"),
+        ([f"{tmp_path}/*.tsv"], "No file matches"),
+        ([str(tmp_path / "none.csv")], "No such file"),
+        (["memory://no-such-folder/x.csv"], "memory://no-such-folder/x.csv does not exist"),
+        (["nowhere://a/b.csv"], "The kind of the URL nowhere://a/b.csv is unknown"),
+        (["-"], "Standard input cannot be read again"),
+    ]:
+        with pytest.raises(DataError, match=message) as error:
+            find_parts(inputs)
+        assert error.value.hint
+
+
+def test_too_many_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_PARTS", 1)
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_bytes(CSV)
+    with pytest.raises(DataError, match="more than 1 "):
+        find_parts([str(tmp_path)])
+
+
+def test_messages_show_no_secrets_of_a_url():
+    assert storage.public_name("https://me:secret@host/a.csv?X-Signature=abc#x") == "https://host/a.csv"
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (FileNotFoundError("The specified bucket does not exist"), "s3://b/a does not exist"),
+        (PermissionError("Forbidden"), r"Access to s3://b/a was refused \(Forbidden\)"),
+        (ImportError("no s3fs"), "s3://b/a needs a package.* `pip install s3fs`"),
+        (RuntimeError("timeout"), r"s3://b/a cannot be read \(RuntimeError: timeout\)"),
+    ],
+)
+def test_errors_of_a_storage_have_one_sentence_and_a_hint(raised, message):
+    with pytest.raises(DataError, match=message), storage.convert_storage_errors("s3://key:secret@b/a"):
+        raise raised
+
+
+def test_a_file_behind_a_url_that_changed_its_size_is_refused(tmp_path):
+    with fsspec.open("memory://units/short.csv", "wb") as file:
+        file.write(CSV)
+    for size, message in ((len(CSV) + 1, "ended after"), (len(CSV) - 1, "has more than")):
+        with pytest.raises(DataError, match=message):
+            storage.copy_to_local("memory://units/short.csv", tmp_path / "copy", size)
