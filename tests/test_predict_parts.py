@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from toolchain.errors import ArtifactError, CheckpointError, DataError
 from toolchain.predict import load_model, load_variant_model, parts
-from toolchain.predict.parts import ROW_BITS, Request, predict_parts
+from toolchain.predict.parts import Request, predict_parts
+from toolchain.predict.unit_scoring import ROW_BITS
 from toolchain.progress import no_bar
 
 TEXTS = [f"film {'long ' * (i % 5)}{i}" for i in range(10)]
@@ -77,7 +78,9 @@ def counting(texts, limit=None):
 
 
 def run(model, inputs, output, load=load_model, **options):
-    return predict_parts(model, Request(inputs, str(output), **options), quiet, no_bar, load)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "load_model", load)
+        return predict_parts(model, Request(inputs, str(output), **options), quiet, no_bar)
 
 
 def test_rows_have_ids_columns_and_answers_in_order(model, tmp_path, small_units):
@@ -101,7 +104,7 @@ def test_rows_have_ids_columns_and_answers_in_order(model, tmp_path, small_units
 
 
 @given(cuts=st.sets(st.integers(1, 9)), unit_rows=st.integers(1, 12))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=4, deadline=None)
 def test_files_and_units_do_not_change_the_answers(model, tmp_path_factory, cuts, unit_rows):
     folder = tmp_path_factory.mktemp("split")
     bounds = [0, *sorted(cuts), 10]
@@ -283,7 +286,10 @@ def test_rows_without_an_answer_are_listed_up_to_a_bound(model, tmp_path, small_
         for file in sorted((tmp_path / "out" / "_errors").iterdir())
         for line in file.read_text().splitlines()
     ]
-    assert [(line["row_id"], line["row"], line["input"]) for line in lines] == [(1, 2, str(source)), (3, 4, str(source))]
+    assert [(line["row_id"], line["row"], line["input"]) for line in lines] == [
+        (1, 2, str(source)),
+        (3, 4, str(source)),
+    ]
     assert "holds no text" in lines[0]["reason"]
 
 

@@ -3,17 +3,15 @@
 import bz2
 import gzip
 import json
-import lzma
 
 import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from toolchain.data import compression, sources, storage
+from toolchain.data import sources, storage
 from toolchain.data.sources import find_parts
-from toolchain.data.tables import Table
-from toolchain.data.units import open_part
+from toolchain.data.units import open_reader
 from toolchain.errors import DataError
 
 ROWS = [{"id": str(i), "text": f"film {i}"} for i in range(5)]
@@ -28,14 +26,14 @@ def zstd(content):
     return bytes(sink.getvalue())
 
 
-COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd}
 
 
 def read_units(location, rows=2, skip=0, faults=0):
     (part,) = find_parts([str(location)])
     units = []
-    with open_part(part) as reader:
-        reader.start(None, part.name, None, None)
+    with open_reader() as reader:
+        reader.open(part, None, part.name, None, None)
         reader.skip(skip)
         while not (units and units[-1].is_last):
             units.append(reader.read(rows, faults))
@@ -65,19 +63,10 @@ def test_a_url_is_read_through_a_copy(tmp_path):
         read_units("memory://units/bad.parquet")
 
 
-@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
-def test_a_file_that_grows_without_bound_is_refused(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(compression, "FREE_BYTES", 1 << 16)
-    file = tmp_path / f"in.jsonl{ending}"
-    file.write_bytes(COMPRESSORS[ending](b"\n" * (1 << 24)))
-    with pytest.raises(DataError, match=r"grows to more than [\d,]+ bytes when it is decompressed"):
-        list(Table(str(file)).read(list))
-
-
-@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".zst"])
 def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path, ending):
     file = tmp_path / f"in.csv{ending}"
-    file.write_bytes(COMPRESSORS[ending](CSV * 1)[:-6])
+    file.write_bytes(COMPRESSORS[ending](CSV)[:-6])
     with pytest.raises(DataError, match=r"in\.csv.* cannot be read"):
         read_units(file)
 
@@ -152,8 +141,8 @@ def test_errors_of_a_storage_have_one_sentence_and_a_hint(raised, message):
 
 
 def test_a_file_behind_a_url_that_changed_its_size_is_refused(tmp_path):
-    with fsspec.open("memory://units/short.csv", "wb") as file:
-        file.write(CSV)
-    for size, message in ((len(CSV) + 1, "ended after"), (len(CSV) - 1, "has more than")):
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/units/short.csv", CSV)
+    for size, message in ((len(CSV) + 1, "ended after"), (len(CSV) - 1, "has more bytes")):
         with pytest.raises(DataError, match=message):
-            storage.copy_to_local("memory://units/short.csv", tmp_path / "copy", size)
+            storage.copy_to_local(memory, "/units/short.csv", "memory://units/short.csv", tmp_path / "copy", size)

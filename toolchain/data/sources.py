@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from toolchain.data import folders, storage
-from toolchain.data.compression import ENDINGS, strip_ending
-from toolchain.data.tables import FORMATS, kind_of
+from toolchain.data.tables import COMPRESSIONS, FORMATS, kind_of
 from toolchain.errors import DataError
+from toolchain.system.decoding import check_line
 
 MAX_PARTS = 100_000
-_KINDS = f"{', '.join(FORMATS)}; all except .parquet also with {', '.join(ENDINGS)}"
+_KINDS = f"{', '.join(FORMATS)}; all except .parquet also with {', '.join(COMPRESSIONS)}"
 
 
 @dataclass(frozen=True)
@@ -22,28 +23,22 @@ class Part:
     """An input file.
 
     Attributes:
-        location: Path or URL that opens the file. A URL may contain a password, so it is never shown or stored.
+        name: Name of the file for messages and records; the URL of a file without its secrets.
         size: Number of bytes.
         version: Text that changes with the content of the file: its time of change, or a tag that the storage computed.
+        path: Path of the file, in `system` if there is one.
+        system: The file system of a file behind a URL, with the interface of fsspec; None for a local file.
     """
 
-    location: str
+    name: str
     size: int
     version: str
-
-    @property
-    def name(self) -> str:
-        """Returns the name of the file for messages and records."""
-        return storage.public_name(self.location)
-
-    @property
-    def kind(self) -> str:
-        """Returns the ending that states the format, such as ``.csv`` for ``a.csv.gz``."""
-        return kind_of(self.name)
+    path: str
+    system: Any = None
 
     def require_unchanged(self) -> None:
-        """Raises `DataError` if the local file or the file behind the URL has changed since `find_parts` found it."""
-        if _part(self.location) != self:
+        """Raises `DataError` if a local file has changed since `find_parts` found it."""
+        if self.system is None and _local_part(self.path) != self:
             raise DataError(
                 f"{self.name} changed while it was read.",
                 "Wait until no program writes the file, then choose another output folder.",
@@ -70,15 +65,23 @@ def find_parts(inputs: Sequence[str]) -> list[Part]:
             raise DataError("Standard input cannot be read again after an interruption.", "Save the texts in a file.")
         listing = _list_url(location) if storage.is_url(location) else _list_local(storage.local_name(location))
         for part in listing:
-            if part.location in names:
+            if part.path in names:
                 raise DataError(f"{part.name} is named twice.", "Name each file once.")
-            if part.kind == ".parquet" and strip_ending(part.name) != part.name:
-                raise DataError(f"{part.name} is a compressed Parquet file.", "Decompress the file.")
             if len(parts) == MAX_PARTS:
                 raise DataError(f"There are more than {MAX_PARTS:,} input files.", "Score them in several runs.")
-            names.add(part.location)
+            _check_name(part.name)
+            names.add(part.path)
             parts.append(part)
     return parts
+
+
+def _check_name(name: str) -> None:
+    if kind_of(name) == ".parquet" and Path(name.lower()).suffix != ".parquet":
+        raise DataError(f"{name} is a compressed Parquet file.", "Decompress the file.")
+    try:
+        check_line(name)
+    except ValueError as error:
+        raise DataError(f"The name {name!r} cannot be used: {error}.", "Rename the file.") from error
 
 
 def _list_local(name: str) -> Iterator[Part]:
@@ -86,11 +89,11 @@ def _list_local(name: str) -> Iterator[Part]:
         matches = sorted(path for path in glob.iglob(name, recursive=True) if Path(path).is_file())
         if not matches:
             raise DataError(f"No file matches {name}.", "Correct the pattern, and quote it for the shell.")
-        yield from map(_part, matches)
+        yield from map(_local_part, matches)
     elif Path(name).is_dir():
-        yield from map(_part, _files_of_folder(Path(name)))
+        yield from map(_local_part, _files_of_folder(Path(name)))
     else:
-        yield _part(name)
+        yield _local_part(name)
 
 
 def _files_of_folder(folder: Path) -> list[str]:
@@ -124,39 +127,37 @@ def _empty_folder_error(folder: str) -> DataError:
 
 
 def _list_url(url: str) -> Iterator[Part]:
-    file_system, path = storage.open_file_system(url)
+    system, path = storage.open_file_system(url)
     with storage.convert_storage_errors(url):
         if "*" in path:
-            found = file_system.glob(path, detail=True)
+            found = system.glob(path, detail=True)
             if not found:
                 raise DataError(f"No file matches {storage.public_name(url)}.", "Correct the pattern.")
-        elif file_system.isdir(path):
-            everything = file_system.find(path, detail=True)
-            root = path.rstrip("/")
+        elif system.isdir(path):
+            start = len(path.rstrip("/"))
             found = {
                 name: facts
-                for name, facts in everything.items()
-                if all(map(_is_visible, Path(os.path.relpath(name, root)).parts)) and _is_data(Path(name).name)
+                for name, facts in system.find(path, detail=True).items()
+                if all(map(_is_visible, name[start:].strip("/").split("/"))) and kind_of(name) in FORMATS
             }
             if not found:
                 raise _empty_folder_error(storage.public_name(url))
         else:
-            yield _part(url)
+            yield _remote_part(system, path, system.info(path), storage.public_name(url))
             return
         for name in sorted(found):
             if found[name]["type"] == "file":
-                location = file_system.unstrip_protocol(name)
-                yield Part(location, int(found[name]["size"] or 0), storage.version_of(found[name]))
+                public_name = storage.public_name(system.unstrip_protocol(name))
+                yield _remote_part(system, name, found[name], public_name)
 
 
-def _part(location: str) -> Part:
-    if storage.is_url(location):
-        file_system, path = storage.open_file_system(location)
-        with storage.convert_storage_errors(location):
-            facts = file_system.info(path)
-            return Part(location, int(facts["size"] or 0), storage.version_of(facts))
+def _remote_part(system: Any, path: str, facts: Mapping[str, Any], name: str) -> Part:
+    return Part(name, int(facts["size"] or 0), storage.version_of(facts), path, system)
+
+
+def _local_part(path: str) -> Part:
     try:
-        status = os.stat(location)
+        status = os.stat(path)
     except OSError as error:
-        raise DataError(f"{location} cannot be read: {error.strerror}.", "Pass a readable file.") from error
-    return Part(location, status.st_size, str(status.st_mtime_ns))
+        raise DataError(f"{path} cannot be read: {error.strerror}.", "Pass a readable file.") from error
+    return Part(path, status.st_size, str(status.st_mtime_ns), path)

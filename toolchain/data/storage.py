@@ -1,4 +1,4 @@
-"""Files on this machine and behind URLs such as ``s3://``, through the library fsspec.
+"""Files on this machine and behind URLs such as ``s3://``, through the libraries pyarrow and fsspec.
 
 A URL may contain a password or a signature. `public_name` removes both, and only its result is shown or stored.
 """
@@ -6,7 +6,7 @@ A URL may contain a password or a signature. `public_name` removes both, and onl
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from urllib.parse import urlsplit, urlunsplit
 from urllib.request import url2pathname
 
 from toolchain.errors import DataError, ToolchainError, first_line
-from toolchain.system import files
 
 COPY_BYTES = 1 << 22  # a file behind a URL is copied in blocks of this size
+# Kinds of URLs that pyarrow opens
+_ARROW = ("s3", "gs")
 # Facts with which file systems describe the content or the time of the last change, the most precise first.
 _VERSIONS = ("ETag", "etag", "md5Hash", "md5", "checksum", "oid", "blob_id", "mtime", "LastModified", "last_modified")
 _VERSIONS += ("modified", "updated", "created")
@@ -37,7 +38,7 @@ def public_name(name: str) -> str:
     if not is_url(name):
         return name
     parts = urlsplit(name)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 @contextmanager
@@ -68,23 +69,30 @@ def convert_storage_errors(name: str, action: str = "read") -> Iterator[None]:
 
 
 def _package_hint(name: str, error: ImportError) -> str:
-    packages = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
-    packages |= {"http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub", "sftp": "paramiko"}
+    packages = {"abfs": "adlfs", "az": "adlfs", "http": "aiohttp", "https": "aiohttp", "sftp": "paramiko"}
     package = packages.get(name.partition("://")[0])
     return f"Install it with `pip install {package}`." if package else f"{first_line(error).rstrip('.')}."
 
 
 def open_file_system(url: str) -> tuple[Any, str]:
-    """Returns the fsspec file system of a URL, and the path in this file system.
+    """Returns the file system of a URL, with the interface of fsspec, and the path in this file system.
+
+    The library pyarrow has file systems for S3 and Google Cloud Storage, which need no further package.
 
     Raises:
         DataError: The protocol is unknown, or its package is not installed.
     """
     import fsspec
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow.fs import FileSystem
 
     if "::" in url:
         raise DataError(f"{public_name(url)} chains several file systems.", "Pass the URL of the files themselves.")
+    parts = urlsplit(url)
     with convert_storage_errors(url):
+        if parts.scheme in _ARROW:
+            file_system, bucket = FileSystem.from_uri(urlunsplit((parts.scheme, parts.netloc, "", parts.query, "")))
+            return ArrowFSWrapper(file_system), f"{bucket.strip('/')}{parts.path}"
         try:
             file_system, path = fsspec.core.url_to_fs(url)
         except ValueError as error:
@@ -95,50 +103,38 @@ def open_file_system(url: str) -> tuple[Any, str]:
     return file_system, str(path)
 
 
-def version_of(facts: dict[str, Any]) -> str:
+def version_of(facts: Mapping[str, Any]) -> str:
     """Returns a text that changes with the content of a file behind a URL; empty if the storage has no such fact."""
     return next((str(facts[key])[:200] for key in _VERSIONS if facts.get(key) is not None), "")
 
 
-def copy_to_local(url: str, target: Path, size: int) -> None:
-    """Copies the file behind a URL to a local file.
+def copy_to_local(system: Any, path: str, name: str, target: Path, size: int) -> None:
+    """Copies a file of a file system to a local file.
 
     Args:
-        url: The URL of the file.
+        system: The file system.
+        path: Path of the file in the file system.
+        name: Name of the file for messages.
         target: The local file.
         size: The size that the storage states for the file.
 
     Raises:
         DataError: The file cannot be read, has another size, or does not fit on the disk.
     """
-    shown, free = public_name(url), shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(target.parent).free
     if size > free:
         raise DataError(
-            f"{shown} has {size:,} bytes, but {target.parent} has only {free:,} free bytes.",
+            f"{name} has {size:,} bytes, but {target.parent} has only {free:,} free bytes.",
             "Free space, or set TMPDIR to a folder on a larger disk.",
         )
-    file_system, path = open_file_system(url)
     copied = 0
-    with target.open("wb") as copy, files.name_place(target):
-        with convert_storage_errors(url), file_system.open(path, "rb") as stream:
-            while block := stream.read(COPY_BYTES):
-                copied += len(block)
-                if copied > size:
-                    break
-                _write_block(copy, block, target)
+    with target.open("wb") as copy, convert_storage_errors(name), system.open(path, "rb") as stream:
+        while copied <= size and (block := stream.read(COPY_BYTES)):
+            copied += len(block)
+            copy.write(block)
     if copied != size:
+        states = f"ended after {copied:,} bytes" if copied < size else "has more bytes"
         raise DataError(
-            f"{shown} ended after {min(copied, size):,} bytes, but the storage states {size:,} bytes."
-            if copied < size
-            else f"{shown} has more than the {size:,} bytes that the storage states.",
+            f"{name} {states}, but the storage states {size:,} bytes.",
             "Wait until no program writes the file, then run the same command again.",
         )
-
-
-def _write_block(copy: Any, block: bytes, target: Path) -> None:
-    try:
-        copy.write(block)
-    except OSError as error:
-        raise DataError(
-            f"{target.parent} cannot be written: {error.strerror or error}.", "Free space in the folder TMPDIR."
-        ) from error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
+import io
 import json
-import lzma
 import shlex
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +17,12 @@ from typing import IO, Any
 
 from toolchain.data import columnar, folders
 from toolchain.data.columnar import Header
-from toolchain.data.compression import open_text, strip_ending
 from toolchain.errors import DataError
 
 # Endings of files with columns. An input file without an ending of `FORMATS` has plain lines, with one text per line.
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+# Further endings of compressed text files.
+COMPRESSIONS = (".gz", ".bz2", ".zst")
 # Largest size of a row: characters of a row in a text file, bytes of the chosen columns in Parquet and Arrow. `Table`
 # refuses a file with a longer row, because a row must fit into memory. A novel has about a million characters.
 MAX_ROW_SIZE = 1 << 24
@@ -33,8 +36,8 @@ ChooseColumns = Callable[[Header], Sequence[str]]
 class Table:
     """A file or folder with columns.
 
-    The ending of a file says whether it is CSV, TSV, JSON lines (each also compressed) or Parquet. `folders.list_files`
-    lists the files of a folder.
+    The ending of a file says whether it is CSV, TSV, JSON lines (each also compressed) or Parquet.
+    `folders.list_files` lists the files of a folder.
 
     Attributes:
         file: Name of the file or folder.
@@ -174,7 +177,8 @@ def has_columns(file: str) -> bool:
 
 def kind_of(file: str) -> str:
     """Returns the ending in lower case that states the format of a file, such as ``.csv`` for ``a.csv.gz``."""
-    return Path(strip_ending(file.lower())).suffix
+    path = Path(file.lower())
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 @contextmanager
@@ -187,6 +191,21 @@ def convert_read_errors(file: str) -> Iterator[None]:
             f"{file} is not UTF-8: {error.reason} at byte {error.start}.",
             f"Save the file as UTF-8. If the file is Latin-1, run: iconv -f LATIN1 -t UTF-8 {shlex.quote(file)} > NEW.",
         ) from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         cause = getattr(error, "strerror", None) or error
         raise DataError(f"{file} cannot be read: {cause}.", "Pass a readable file.") from error
+
+
+def open_text(file: str, encoding: str, newline: str) -> IO[str]:
+    """Opens a text file, and decompresses it if its name has an ending in `COMPRESSIONS`."""
+    ending = Path(file).suffix.lower()
+    if ending == ".zst":
+        import pyarrow
+
+        stream = pyarrow.CompressedInputStream(pyarrow.OSFile(file), "zstd")
+        return io.TextIOWrapper(stream, encoding=encoding, newline=newline)
+    if ending == ".bz2":
+        return bz2.open(file, "rt", encoding=encoding, newline=newline)
+    if ending == ".gz":
+        return gzip.open(file, "rt", encoding=encoding, newline=newline)
+    return open(file, encoding=encoding, newline=newline)

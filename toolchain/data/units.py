@@ -16,13 +16,12 @@ from toolchain.data import storage
 from toolchain.data.columnar import ANSWER_S, HINT, MEMORY_BYTES
 from toolchain.data.files import Text, text_columns
 from toolchain.data.sources import Part
-from toolchain.data.tables import MAX_ROW_SIZE
+from toolchain.data.tables import MAX_ROW_SIZE, kind_of
 from toolchain.errors import DataError
 from toolchain.system.child import Child
 from toolchain.system.files import temporary_folder
 
 UNIT_BYTES = 1 << 26  # a unit ends when it has this number of bytes
-SKIPPED_ROWS = 100_000  # rows that one answer of the child skips
 # The name and the type of each column of a file.
 Columns = Sequence[Sequence[str]]
 
@@ -44,65 +43,67 @@ class Unit:
     is_last: bool
 
 
-class _Child(Child):
-    def __init__(self) -> None:
-        super().__init__("toolchain.data.units_worker", {})
-
-    def _make_error(self, cause: str) -> DataError:
-        return DataError(f"The input cannot be read. {cause}", HINT)
-
-
-class PartReader:
-    """The open child process for one input file; `open_part` creates it.
+class UnitReader(Child):
+    """The child process that reads the units of one input file after the other; `open_reader` creates it.
 
     Attributes:
-        columns: The name and the type of each column.
-        names: Names of the one or two columns of texts.
+        columns: The name and the type of each column of the open file.
     """
 
-    def __init__(self, child: Child, part: Part, file: Path, scratch: Path) -> None:
-        self._child, self._part, self._file = child, part, file
-        self._target = scratch / ".unit"  # no input file has this name
-        self.columns: Columns = self._ask("open", file=str(file))["columns"]
-        self.names: list[str] = []
+    columns: Columns = ()
 
-    def start(self, order: Columns | None, first_name: str, column: str | None, pair: str | None) -> None:
-        """Begins to read the rows.
+    def __init__(self, scratch: Path) -> None:
+        self._copy, self._unit = scratch / "copy", scratch / "unit"
+        self._name = self._file = ""
+        super().__init__("toolchain.data.units_worker", {})
+
+    def open(
+        self, part: Part, first_columns: Columns | None, first_name: str, column: str | None, pair: str | None
+    ) -> None:
+        """Opens an input file.
 
         Args:
-            order: Columns of the first file, which this file must have too; None if this is the first file.
-            first_name: Name of the first file, for error messages.
+            part: The file.
+            first_columns: Columns of the first input file, which this file must have too; None for the first file.
+            first_name: Name of the first input file, for error messages.
             column: Column of the texts; None for ``sentence``, ``text`` or ``tokens``.
             pair: Column of the second texts if rows are pairs; None otherwise.
 
         Raises:
-            DataError: The file has other columns than the first file, or lacks the column of texts.
+            DataError: The file cannot be read, has other columns than the first file, or lacks the column of texts.
         """
-        if order is not None:
-            _require_same_columns(self.columns, self._part.name, order, first_name)
-            self.columns = order
+        self._name = part.name
+        self._copy.unlink(missing_ok=True)
+        if part.system is None:
+            self._file = part.path
+        else:
+            # The endings of a name state the format.
+            self._copy = self._copy.with_name("copy" + "".join(Path(part.path).suffixes[-2:]))
+            self._file = str(self._copy)
+            storage.copy_to_local(part.system, part.path, part.name, self._copy, part.size)
+        self.columns = self._ask("open", file=self._file)["columns"]
+        if first_columns is not None:
+            if self.columns or kind_of(part.path) != ".jsonl":  # JSON lines without a line have no columns
+                _require_same_columns(self.columns, part.name, first_columns, first_name)
+            self.columns = first_columns
         header = [name for name, _ in self.columns]
-        self.names = text_columns(header, column, pair, self._part.name)
-        self._ask("start", columns=header, texts=self.names)
+        self._ask("start", columns=header, texts=text_columns(header, column, pair, part.name))
 
     def skip(self, rows: int) -> None:
-        """Skips rows that an earlier run scored; raises `DataError` if the file has fewer rows."""
-        while rows:
-            asked = min(rows, SKIPPED_ROWS)
-            if self._ask("skip", rows=asked)["skipped"] < asked:
-                raise DataError(
-                    f"{self._part.name} has fewer rows than an earlier run has scored.",
-                    "Choose another output folder for the changed input.",
-                )
-            rows -= asked
+        """Skips the rows of a unit that an earlier run scored; raises `DataError` if the file has fewer rows."""
+        if self._ask("skip", rows=rows)["skipped"] < rows:
+            raise DataError(
+                f"{self._name} has fewer rows than an earlier run has scored.",
+                "Choose another output folder for the changed input.",
+            )
 
     def read(self, rows: int, most_faults: int) -> Unit:
         """Returns the next unit, with at most `rows` rows; it ends early after more than `most_faults` faulty rows."""
         import pyarrow
 
-        reply = self._ask("read", rows=rows, size=UNIT_BYTES, faults=most_faults, target=str(self._target))
+        reply = self._ask("read", rows=rows, size=UNIT_BYTES, faults=most_faults, target=str(self._unit))
         faults = [(index, reason) for index, reason in reply["faults"]]
-        with pyarrow.OSFile(str(self._target)) as file, pyarrow.ipc.open_stream(file) as stream:
+        with pyarrow.OSFile(str(self._unit)) as file, pyarrow.ipc.open_stream(file) as stream:
             table = stream.read_all()
         table.validate(full=True)
         width = len(self.columns)
@@ -113,33 +114,26 @@ class PartReader:
     def _ask(self, method: str, **arguments: Any) -> dict[str, Any]:
         """Asks the child; an error names the input file instead of its local copy."""
         try:
-            return self._child.ask({"do": method, **arguments}, ANSWER_S)
+            return self.ask({"do": method, **arguments}, ANSWER_S)
         except DataError as error:
-            copy, name = str(self._file), self._part.name
-            raise DataError(
-                error.cause.replace(copy, name).replace("The input cannot", f"{name} cannot"),
-                error.hint.replace(copy, name),
-            ) from error
+            cause, hint = (text.replace(self._file, self._name) for text in (error.cause, error.hint))
+            raise DataError(cause, hint) from error
+
+    def _make_error(self, cause: str) -> DataError:
+        return DataError(f"{self._name or 'The input'} cannot be read. {cause}", HINT)
 
 
 @contextmanager
-def open_part(part: Part) -> Iterator[PartReader]:
-    """Yields a reader of one input file, in a new child process.
-
-    Raises:
-        DataError: The file cannot be read.
-    """
+def open_reader() -> Iterator[UnitReader]:
+    """Yields a reader with a new child process and a temporary folder, and removes both on exit."""
     with temporary_folder() as scratch:
-        file = Path(part.location)
-        if storage.is_url(part.location):
-            file = scratch / Path(part.name).name  # the endings of the name state the format
-            storage.copy_to_local(part.location, file, part.size)
-        child = _Child()
+        reader = UnitReader(scratch)
         try:
-            child.ask({"row_bytes": MAX_ROW_SIZE, "memory_bytes": MEMORY_BYTES}, None)
-            yield PartReader(child, part, file, scratch)
+            # The child answers before it opens a file, so this needs no limit of time.
+            reader.ask({"row_bytes": MAX_ROW_SIZE, "memory_bytes": MEMORY_BYTES}, None)
+            yield reader
         finally:
-            child.close()
+            reader.close()
 
 
 def _require_same_columns(columns: Columns, name: str, first_columns: Columns, first_name: str) -> None:

@@ -13,9 +13,8 @@ import pyarrow
 
 from toolchain.data.columnar import HINT
 from toolchain.data.columnar_worker import BATCH_BYTES, ArrowStream, ParquetFile, find_long_row
-from toolchain.data.compression import open_text
 from toolchain.data.files import SURROGATE, text_of
-from toolchain.data.tables import FORMATS, LONG_ROW_HINT, RowLines, Table, convert_read_errors, kind_of
+from toolchain.data.tables import FORMATS, LONG_ROW_HINT, RowLines, Table, convert_read_errors, kind_of, open_text
 from toolchain.errors import DataError, first_line
 from toolchain.system.serving import limit_memory, serve
 

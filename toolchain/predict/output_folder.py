@@ -93,6 +93,8 @@ class UnitRecord:
 
     Attributes:
         run: `Run.id` of the run.
+        part: Index of the input file.
+        unit: Index of the unit in the input file.
         first_row: Number of rows of the input file before the unit.
         rows: Number of rows of the unit.
         errors: Number of rows of the unit without an answer.
@@ -103,13 +105,20 @@ class UnitRecord:
     """
 
     run: Sha256
+    part: Count
+    unit: Count
     first_row: Count
     rows: Count
     errors: Count
     is_last: bool
     size: Count
     sha256: Sha256
-    columns: list[list[Line]]
+    columns: list[list[str]]
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the part without its ending."""
+        return part_name(self.part, self.unit)
 
 
 def part_name(part: int, unit: int) -> str:
@@ -129,8 +138,7 @@ class OutputFolder:
     def __init__(self, location: str) -> None:
         self.name = storage.public_name(location)
         self.local = None if storage.is_url(location) else Path(os.path.abspath(storage.local_name(location)))
-        self._url = location
-        self._system, self._root = (None, "") if self.local else storage.open_file_system(location.rstrip("/"))
+        self._system, self._root = (None, "") if self.local else storage.open_file_system(location)
 
     def sizes(self) -> dict[str, int]:
         """Returns the number of bytes of each file, by relative name; ignores names that begin with a dot."""
@@ -141,7 +149,8 @@ class OutputFolder:
                 for name in names
             }
         else:
-            with storage.convert_storage_errors(self._url):
+            with storage.convert_storage_errors(self.name):
+                self._system.invalidate_cache()
                 exists = self._system.exists(self._root)
                 listing = self._system.find(self._root, detail=True) if exists else {}
                 start = len(self._root.rstrip("/")) + 1
@@ -164,8 +173,11 @@ class OutputFolder:
                     f"{self.local / name} cannot be read: {error.strerror}.", "Correct the permissions."
                 ) from error
         else:
-            with storage.convert_storage_errors(f"{self._url.rstrip('/')}/{name}"):
-                content = self._system.cat_file(f"{self._root}/{name}", end=MAX_BYTES + 1)
+            with (
+                storage.convert_storage_errors(f"{self.name.rstrip('/')}/{name}"),
+                self._system.open(f"{self._root}/{name}", "rb") as file,
+            ):
+                content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ValueError(f"the file has more than {MAX_BYTES >> 20} MiB")
         return bytes(content)
@@ -185,46 +197,44 @@ class OutputFolder:
                     "Free disk space or correct the permissions, then run the same command again to continue the run.",
                 ) from error
         else:
-            with storage.convert_storage_errors(f"{self._url.rstrip('/')}/{name}", "write"):
+            with storage.convert_storage_errors(f"{self.name.rstrip('/')}/{name}", "write"):
                 self._system.pipe_file(f"{self._root}/{name}", content)
 
 
-def write_record(folder: OutputFolder, name: str, record: Any) -> None:
-    """Writes a record as JSON."""
-    folder.write(name, (json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n").encode())
+def write_record(folder: OutputFolder, record: UnitRecord) -> None:
+    """Writes the record of a unit, after its part."""
+    folder.write(f"_units/{record.name}.json", _to_json(asdict(record)))
 
 
-def claim(folder: OutputFolder, run: Run) -> dict[str, int]:
+def _to_json(body: Mapping[str, Any]) -> bytes:
+    return (json.dumps(body, indent=1) + "\n").encode()
+
+
+def claim(folder: OutputFolder, run: Run) -> list[list[UnitRecord]]:
     """Requires that the folder is empty or belongs to the same run; writes the record of the run into an empty folder.
 
     Returns:
-        The sizes of the files in the folder.
+        For each input file, the records of its first units, up to the first unit that is not finished.
 
     Raises:
         ArtifactError: The folder has other files, or the parts of another run.
     """
     sizes = folder.sizes()
     if not sizes:
-        write_record(folder, RUN, run)
-        return sizes
+        folder.write(RUN, _to_json(asdict(run)))
+        return [[] for _ in run.inputs]
     if RUN not in sizes:
         raise ArtifactError(f"{folder.name} holds files that `predict` did not write.", OTHER_HINT)
     try:
         other = decode(Run, folder.read(RUN))
     except ValueError as error:
         raise ArtifactError(f"{folder.name}/{RUN} is damaged: {error}.", OTHER_HINT) from error
-    if other.id != run.id:
-        raise ArtifactError(
-            f"{folder.name} holds the answers of another run. {run.difference(other)}", OTHER_HINT
-        )
-    return sizes
+    if other != run:
+        raise ArtifactError(f"{folder.name} holds the answers of another run. {run.difference(other)}", OTHER_HINT)
+    return [_finished_units(folder, run, sizes, part) for part in range(len(run.inputs))]
 
 
-def finished_units(folder: OutputFolder, run: Run, sizes: Mapping[str, int], part: int) -> list[UnitRecord]:
-    """Returns the records of the first units of an input file, up to the first unit that is not finished.
-
-    A unit is finished if its record belongs to the run and its part has the recorded size.
-    """
+def _finished_units(folder: OutputFolder, run: Run, sizes: Mapping[str, int], part: int) -> list[UnitRecord]:
     records: list[UnitRecord] = []
     while not (records and records[-1].is_last):
         name = part_name(part, len(records))
@@ -234,26 +244,28 @@ def finished_units(folder: OutputFolder, run: Run, sizes: Mapping[str, int], par
             record = decode(UnitRecord, folder.read(f"_units/{name}.json"))
         except ValueError:  # the record is damaged, so the unit is scored again
             break
-        first_row = sum(each.rows for each in records)
+        position = (run.id, part, len(records), sum(each.rows for each in records))
         is_whole = sizes.get(f"{name}.parquet") == record.size
-        if record.run != run.id or record.first_row != first_row or not is_whole:
+        if (record.run, record.part, record.unit, record.first_row) != position or not is_whole:
             break
         records.append(record)
     return records
 
 
-def write_manifest(folder: OutputFolder, run: Run, units: Sequence[tuple[str, UnitRecord]]) -> str:
-    """Writes the manifest, and returns the digest: the sha256 of the lines that `sha256sum` prints for all parts."""
-    lines = "".join(f"{record.sha256}  {name}.parquet\n" for name, record in units)
+def write_manifest(folder: OutputFolder, run: Run, records: Sequence[UnitRecord]) -> str:
+    """Writes the manifest, and returns the digest: the sha256 of the lines that `sha256sum` prints for all parts.
+
+    Args:
+        folder: The output folder.
+        run: The run.
+        records: The records of all units, in the order of the input.
+    """
+    lines = "".join(f"{record.sha256}  {record.name}.parquet\n" for record in records)
     digest = hashlib.sha256(lines.encode()).hexdigest()
-    body = {
-        **asdict(run),
-        "rows": sum(record.rows - record.errors for _, record in units),
-        "errors": sum(record.errors for _, record in units),
-        "parts": len(units),
-        "digest": digest,
-    }
-    folder.write(MANIFEST, (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
+    errors = sum(record.errors for record in records)
+    rows = sum(record.rows for record in records) - errors
+    body = {**asdict(run), "rows": rows, "errors": errors, "parts": len(records), "digest": digest}
+    folder.write(MANIFEST, _to_json(body))
     return digest
 
 

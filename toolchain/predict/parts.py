@@ -5,18 +5,15 @@ Each input file is read in work units. A unit becomes one part: the input's colu
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 
 from toolchain.artifacts import publishing
 from toolchain.data.sources import Part, find_parts
-from toolchain.data.units import Columns, PartReader, Unit, open_part
+from toolchain.data.units import open_reader
 from toolchain.errors import DataError
-from toolchain.predict import LoadedModel, Model, load_model
+from toolchain.predict import Model, load_model
 from toolchain.predict.output_folder import (
     FORMAT,
     InputRecord,
@@ -24,21 +21,14 @@ from toolchain.predict.output_folder import (
     Run,
     UnitRecord,
     claim,
-    finished_units,
-    part_name,
     require_apart,
     write_manifest,
-    write_record,
 )
-from toolchain.predict.table_scoring import score_texts
+from toolchain.predict.unit_scoring import Job, Rest, UnitScorer, read_rest
 from toolchain.progress import Bar, Say
 from toolchain.system import hardware
 
 UNIT_ROWS = 1 << 16  # largest number of rows of a unit
-ROW_ID = "row_id"
-# A row id has the index of the input file in its upper bits, and the index of the row in the file in these lower bits.
-# So an engine knows the id of a row without the number of rows of earlier files, and the ids have the order of the input.
-ROW_BITS = 40
 
 
 @dataclass(frozen=True)
@@ -75,28 +65,25 @@ class Summary:
     digest: str
 
 
-@dataclass
-class _Progress:
-    """The state of a run: the records of the finished units, and the columns of the first input file."""
+# A `PartsEngine` scores and writes the rest of each input file, and yields the record of each unit, in any order.
+PartsEngine = Callable[[Job, Sequence[Rest]], Iterator[UnitRecord]]
 
-    units: list[tuple[str, UnitRecord]] = field(default_factory=list)
-    columns: Columns | None = None
 
-    def add(self, part: int, unit: int, record: UnitRecord) -> None:
-        self.units.append((part_name(part, unit), record))
-        self.columns = self.columns or record.columns
-
-    @property
-    def errors(self) -> int:
-        return sum(record.errors for _, record in self.units)
+def score_parts_locally(job: Job, rests: Sequence[Rest]) -> Iterator[UnitRecord]:
+    """Scores input files on this machine; the default `PartsEngine`."""
+    columns, errors = job.columns, 0
+    with open_reader() as reader, closing(load_model(job.model, hardware.cores())) as loaded_model:
+        scorer = UnitScorer(loaded_model, job)
+        for rest in rests:
+            for unit in read_rest(reader, rest, job, columns, errors):
+                record = scorer.score(unit, job.most_errors - errors)
+                columns = unit.columns
+                errors += record.errors
+                yield record
 
 
 def predict_parts(
-    model: Model,
-    request: Request,
-    say: Say,
-    bar: Bar,
-    load: Callable[[Model, int], LoadedModel] = load_model,
+    model: Model, request: Request, say: Say, bar: Bar, engine: PartsEngine = score_parts_locally
 ) -> Summary:
     """Scores all rows of the inputs that no earlier run has scored, and writes the manifest.
 
@@ -105,7 +92,7 @@ def predict_parts(
         request: Inputs, output and settings.
         say: Called with each event.
         bar: Shows the progress.
-        load: Function that loads the model with a number of threads.
+        engine: Function that scores and writes the units.
 
     Raises:
         DataError: An input cannot be read, or more than `request.max_errors` rows have no answer. Finished parts stay.
@@ -116,23 +103,35 @@ def predict_parts(
     parts = find_parts(request.inputs)
     inputs = [InputRecord(part.name, part.size, part.version) for part in parts]
     run = Run(FORMAT, model.id, request.column, request.pair, UNIT_ROWS, inputs)
-    with _lock(folder, say), ExitStack() as stack:
-        sizes = claim(folder, run)
-        state = _Progress()
-        finished = [finished_units(folder, run, sizes, index) for index in range(len(parts))]
-        if done := sum(record.rows for records in finished for record in records):
+    with _lock(folder, say), bar("predict") as progress:
+        finished = claim(folder, run)
+        records = [record for part_records in finished for record in part_records]
+        if done := sum(record.rows for record in records):
             say(f"{folder.name}: {done} rows are already scored")
-        scorer = _Scorer(model, request, folder, run, load, stack)
-        progress = stack.enter_context(bar("predict"))
-        for index, (part, records) in enumerate(zip(parts, finished, strict=True)):
-            for unit, record in enumerate(records):
-                state.add(index, unit, record)
-            if not (records and records[-1].is_last):
-                scorer.score_part(index, part, records, state, parts[0].name)
-            progress(index + 1, len(parts), "scoring")
-        digest = write_manifest(folder, run, state.units)
-    rows = sum(record.rows for _, record in state.units)
-    return Summary(rows - state.errors, state.errors, digest)
+        errors = sum(record.errors for record in records)
+        _require_few(errors, request.max_errors)
+        job = Job(
+            model=model,
+            run_id=run.id,
+            output=request.output,
+            column=request.column,
+            pair=request.pair,
+            unit_rows=UNIT_ROWS,
+            most_errors=request.max_errors - errors,
+            first_name=parts[0].name,
+            columns=records[0].columns if records else None,
+        )
+        rests = _rests(parts, finished)
+        count = len(parts) - len(rests)
+        for record in engine(job, rests) if rests else ():
+            records.append(record)
+            count += record.is_last
+            progress(count, len(parts), "scoring")
+        records.sort(key=lambda record: (record.part, record.unit))
+        errors = sum(record.errors for record in records)
+        _require_few(errors, request.max_errors)
+        digest = write_manifest(folder, run, records)
+    return Summary(sum(record.rows for record in records) - errors, errors, digest)
 
 
 def _lock(folder: OutputFolder, say: Say) -> AbstractContextManager[None]:
@@ -142,106 +141,18 @@ def _lock(folder: OutputFolder, say: Say) -> AbstractContextManager[None]:
     return publishing.lock(folder.local, lambda: say(f"{folder.name}: waiting, because another run is writing there"))
 
 
-@dataclass
-class _Scorer:
-    """Scores the units of input files, and loads the model for the first one."""
-
-    model: Model
-    request: Request
-    folder: OutputFolder
-    run: Run
-    load: Callable[[Model, int], LoadedModel]
-    stack: ExitStack
-    loaded: LoadedModel | None = None
-
-    def score_part(
-        self, index: int, part: Part, records: Sequence[UnitRecord], state: _Progress, first_name: str
-    ) -> None:
-        """Scores the units of one input file after those with `records`."""
-        with open_part(part) as reader:
-            reader.start(state.columns, first_name, self.request.column, self.request.pair)
-            _require_free_names(reader.columns, self.model.answer_columns, part.name)
-            first_row = sum(record.rows for record in records)
-            reader.skip(first_row)
-            for number, unit in enumerate(self._units(reader, state), start=len(records)):
-                if unit.is_last:
-                    part.require_unchanged()
-                record = self._score_unit(index, number, part, first_row, unit, reader.columns, state.errors)
-                state.add(index, number, record)
-                first_row += record.rows
-
-    def _units(self, reader: PartReader, state: _Progress) -> Iterator[Unit]:
-        while True:
-            unit = reader.read(UNIT_ROWS, self.request.max_errors - state.errors)
-            yield unit
-            if unit.is_last:
-                return
-
-    def _score_unit(
-        self, index: int, number: int, part: Part, first_row: int, unit: Unit, columns: Columns, errors: int
-    ) -> UnitRecord:
-        """Scores and writes one unit; `errors` rows of earlier units have no answer."""
-        self._require_few(unit.faults, errors, part, first_row)
-        if self.loaded is None:
-            self.loaded = self.stack.enter_context(closing(self.load(self.model, hardware.cores())))
-        names = self.model.answer_columns
-        skipped = [row for row, _ in unit.faults]
-        answers = score_texts(self.loaded, self.model.label_set, names, unit.texts, skipped)
-        faults = sorted([*unit.faults, *answers.faults])
-        self._require_few(faults, errors, part, first_row)
-        name = part_name(index, number)
-        content = _to_parquet(unit, answers.rows, answers.table, (index << ROW_BITS) + first_row, self.run)
-        if faults:
-            lines = [_error_line(index, part, first_row + row, reason) for row, reason in faults]
-            self.folder.write(f"_errors/{name}.jsonl", "".join(lines).encode())
-        self.folder.write(f"{name}.parquet", content)
-        digest = hashlib.sha256(content).hexdigest()
-        record = UnitRecord(
-            self.run.id, first_row, len(unit.texts), len(faults), unit.is_last, len(content), digest,
-            [list(column) for column in columns],
-        )  # fmt: skip
-        write_record(self.folder, f"_units/{name}.json", record)
-        return record
-
-    def _require_few(self, faults: Sequence[tuple[int, str]], errors: int, part: Part, first_row: int) -> None:
-        left = self.request.max_errors - errors
-        if len(faults) > left:
-            row, reason = faults[left]
-            raise DataError(
-                f"{part.name}, row {first_row + row + 1}: {reason}.",
-                "Correct the row, or allow a number of rows without an answer with --max-errors. Finished parts stay.",
-            )
+def _rests(parts: Sequence[Part], finished: Sequence[Sequence[UnitRecord]]) -> list[Rest]:
+    """Returns the input files that earlier runs have not scored completely."""
+    return [
+        Rest(part, index, [record.rows for record in records])
+        for index, (part, records) in enumerate(zip(parts, finished, strict=True))
+        if not (records and records[-1].is_last)
+    ]
 
 
-def _error_line(index: int, part: Part, row: int, reason: str) -> str:
-    body = {ROW_ID: (index << ROW_BITS) + row, "input": part.name, "row": row + 1, "reason": reason}
-    return json.dumps(body) + "\n"
-
-
-def _require_free_names(columns: Columns, answer_columns: Sequence[str], name: str) -> None:
-    taken = {column for column, _ in columns} & {ROW_ID, *answer_columns}
-    if taken:
-        raise DataError(f"{name} has the column {min(taken)!r}, which `predict` writes.", "Rename the column.")
-
-
-def _to_parquet(unit: Unit, rows: Sequence[int], answers: Any, first_id: int, run: Run) -> bytes:
-    """Returns the content of a part: the ids and the input's columns of the rows with an answer, and the answers."""
-    import pyarrow
-    import pyarrow.parquet
-
-    kept = unit.columns.take(pyarrow.array(rows, pyarrow.int64()))
-    ids = pyarrow.array([first_id + row for row in rows], pyarrow.int64())
-    table = pyarrow.table(
-        [ids, *kept.columns, *answers.columns], names=[ROW_ID, *kept.column_names, *answers.column_names]
-    )
-    described = {"model": run.model, "run": run.id}
-    sink = pyarrow.BufferOutputStream()
-    try:
-        pyarrow.parquet.write_table(
-            table.replace_schema_metadata({"toolchain": json.dumps(described)}), sink, compression="zstd"
-        )
-    except pyarrow.ArrowException as error:
+def _require_few(errors: int, most: int) -> None:
+    if errors > most:
         raise DataError(
-            f"Parquet cannot hold a column of the input ({type(error).__name__}: {error}).", "Leave the column out."
-        ) from error
-    return bytes(sink.getvalue())
+            f"{errors} rows have no answer, but --max-errors allows {most}. The folder _errors lists them.",
+            f"Pass --max-errors {errors} to accept them.",
+        )

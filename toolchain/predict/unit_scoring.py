@@ -1,0 +1,255 @@
+"""Scores a work unit and writes its part, for every engine.
+
+A worker of a cluster imports this module, so its imports must stay light.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from toolchain.data.files import Text, group_texts
+from toolchain.data.sources import Part
+from toolchain.data.units import Columns, Unit, UnitReader
+from toolchain.errors import CheckpointError, DataError
+from toolchain.predict import WINDOW_CHARACTERS, LoadedModel, Model, answer_values, predict_texts
+from toolchain.predict.output_folder import OutputFolder, UnitRecord, write_record
+
+# The texts of one window are tokenised together and sorted by length.
+WINDOW_TEXTS = 8192
+ROW_ID = "row_id"
+# A row id has the index of the input file in its upper bits, and the index of the row in the file in these lower bits.
+# So an engine knows the id of a row without the number of rows of earlier files, and the ids have the order of the input.
+ROW_BITS = 40
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The units of an input file that no earlier run has scored.
+
+    Attributes:
+        part: The input file.
+        index: Index of the input file.
+        done: Number of rows of each unit that an earlier run has scored.
+    """
+
+    part: Part
+    index: int
+    done: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the engine of a large prediction needs to score and write the rest of the inputs.
+
+    Attributes:
+        model: The model.
+        run_id: `output_folder.Run.id` of the run.
+        output: Path or URL of the output folder.
+        column: Column of the texts; None for ``sentence``, ``text`` or ``tokens``.
+        pair: Column of the second texts if rows are pairs; None otherwise.
+        unit_rows: Largest number of rows of a unit.
+        most_errors: Largest number of rows without an answer in the rest of the inputs.
+        first_name: Name of the first input file, for error messages.
+        columns: Columns of the first input file; None if no earlier run has read it.
+    """
+
+    model: Model
+    run_id: str
+    output: str
+    column: str | None
+    pair: str | None
+    unit_rows: int
+    most_errors: int
+    first_name: str
+    columns: Columns | None
+
+
+@dataclass(frozen=True)
+class PlacedUnit:
+    """A work unit and its place in the input.
+
+    Attributes:
+        unit: The unit.
+        input_name: Name of the input file.
+        part: Index of the input file.
+        number: Index of the unit in the input file.
+        first_row: Number of rows of the input file before the unit.
+        columns: Name and type of each column of the input.
+    """
+
+    unit: Unit
+    input_name: str
+    part: int
+    number: int
+    first_row: int
+    columns: Columns
+
+
+def read_rest(reader: UnitReader, rest: Rest, job: Job, columns: Columns | None, errors: int) -> Iterator[PlacedUnit]:
+    """Yields the units of an input file after those that an earlier run has scored.
+
+    Args:
+        reader: The child process that reads.
+        rest: The input file.
+        job: Inputs and settings.
+        columns: Columns of the first input file; None for the first file itself.
+        errors: Number of rows of this run without an answer so far.
+    """
+    part = rest.part
+    reader.open(part, columns, job.first_name, job.column, job.pair)
+    taken = {name for name, _ in reader.columns} & {ROW_ID, *job.model.answer_columns}
+    if taken:
+        raise DataError(f"{part.name} has the column {min(taken)!r}, which `predict` writes.", "Rename the column.")
+    for rows in rest.done:
+        reader.skip(rows)
+    number, first_row, is_last = len(rest.done), sum(rest.done), False
+    while not is_last:
+        unit = reader.read(job.unit_rows, job.most_errors - errors)
+        is_last = unit.is_last
+        if is_last:
+            part.require_unchanged()
+        require_few_errors(unit.faults, job.most_errors - errors, part.name, first_row)
+        errors += len(unit.faults)
+        yield PlacedUnit(unit, part.name, rest.index, number, first_row, reader.columns)
+        number, first_row = number + 1, first_row + len(unit.texts)
+
+
+def require_few_errors(faults: Sequence[tuple[int, str]], most: int, name: str, first_row: int) -> None:
+    """Raises `DataError` if there are more than `most` faults in the unit that begins at `first_row`."""
+    if len(faults) > most:
+        row, reason = faults[most]
+        raise DataError(
+            f"{name}, row {first_row + row + 1}: {reason}.",
+            "Correct the row, or allow a number of rows without an answer with --max-errors. Finished parts stay.",
+        )
+
+
+class UnitScorer:
+    """Scores units and writes their parts; needs the loaded model and the output folder of the job."""
+
+    def __init__(self, loaded_model: LoadedModel, job: Job) -> None:
+        self._loaded_model, self._job, self._folder = loaded_model, job, OutputFolder(job.output)
+
+    def score(self, placed: PlacedUnit, most_errors: int) -> UnitRecord:
+        """Scores a unit, and writes its part, the list of its rows without an answer, and its record.
+
+        Raises:
+            DataError: More than `most_errors` rows have no answer.
+        """
+        unit, model = placed.unit, self._job.model
+        rows, values, faults = _score_texts(self._loaded_model, model, unit)
+        faults = sorted([*unit.faults, *faults])
+        require_few_errors(faults, most_errors, placed.input_name, placed.first_row)
+        first_id = (placed.part << ROW_BITS) + placed.first_row
+        content = _to_parquet(unit.columns, rows, _to_columns(model, values), first_id, model.id)
+        record = UnitRecord(
+            run=self._job.run_id,
+            part=placed.part,
+            unit=placed.number,
+            first_row=placed.first_row,
+            rows=len(unit.texts),
+            errors=len(faults),
+            is_last=unit.is_last,
+            size=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            columns=[list(column) for column in placed.columns],
+        )
+        if faults:
+            lines = [_error_line(placed, first_id, row, reason) for row, reason in faults]
+            self._folder.write(f"_errors/{record.name}.jsonl", "".join(lines).encode())
+        self._folder.write(f"{record.name}.parquet", content)
+        write_record(self._folder, record)
+        return record
+
+
+def _error_line(placed: PlacedUnit, first_id: int, row: int, reason: str) -> str:
+    body = {ROW_ID: first_id + row, "input": placed.input_name, "row": placed.first_row + row + 1, "reason": reason}
+    return json.dumps(body) + "\n"
+
+
+def _score_texts(
+    loaded_model: LoadedModel, model: Model, unit: Unit
+) -> tuple[list[int], list[list[Any]], list[tuple[int, str]]]:
+    """Returns the rows with an answer, their answers, and index and reason for each text that cannot be tokenised."""
+    omitted, faults = {row for row, _ in unit.faults}, list[tuple[int, str]]()
+    rows: list[int] = []
+    values: list[list[Any]] = []
+    for window in _windows(unit.texts):
+        indices = [index for index in window if index not in omitted]
+        try:
+            predictions = predict_texts(loaded_model, model.label_set, [unit.texts[index] for index in indices])
+        except CheckpointError:
+            found = dict(_find_faults(loaded_model, unit.texts, indices))
+            if not found:
+                raise
+            faults += found.items()
+            indices = [index for index in indices if index not in found]
+            predictions = predict_texts(loaded_model, model.label_set, [unit.texts[index] for index in indices])
+        values += [answer_values(model.label_set, prediction) for prediction in predictions]
+        rows += indices
+    return rows, values, faults
+
+
+def _windows(texts: Sequence[Text]) -> Iterator[range]:
+    start = 0
+    for group in group_texts(texts, WINDOW_TEXTS, WINDOW_CHARACTERS):
+        yield range(start, start + len(group))
+        start += len(group)
+
+
+def _find_faults(loaded_model: LoadedModel, texts: Sequence[Text], indices: Sequence[int]) -> list[tuple[int, str]]:
+    """Returns index and reason for each text on which the tokenizer fails; halves the texts to find these."""
+    if not indices:
+        return []
+    try:
+        loaded_model.encode([texts[index] for index in indices])
+        return []
+    except CheckpointError as error:
+        if len(indices) == 1:
+            return [(indices[0], error.cause.rstrip("."))]
+    middle = len(indices) // 2
+    return [
+        *_find_faults(loaded_model, texts, indices[:middle]),
+        *_find_faults(loaded_model, texts, indices[middle:]),
+    ]
+
+
+def _to_columns(model: Model, values: Sequence[Sequence[Any]]) -> Any:
+    """Returns the answers as a table of pyarrow."""
+    import pyarrow
+
+    names = model.answer_columns
+    arrays = []
+    for name, column in zip(names, zip(*values, strict=True) if values else [()] * len(names), strict=True):
+        if name == "score" or name.startswith("score_"):
+            arrays.append(pyarrow.array(column, pyarrow.float32()))
+        else:
+            texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in column]
+            arrays.append(pyarrow.array(texts, pyarrow.string()))
+    return pyarrow.table(arrays, names=names)
+
+
+def _to_parquet(columns: Any, rows: Sequence[int], answers: Any, first_id: int, model_id: str) -> bytes:
+    """Returns the content of a part: the ids and the input's columns of the rows with an answer, and the answers."""
+    import pyarrow
+    import pyarrow.parquet
+
+    kept = columns if len(rows) == columns.num_rows else columns.take(pyarrow.array(rows, pyarrow.int64()))
+    ids = pyarrow.array([first_id + row for row in rows], pyarrow.int64())
+    table = pyarrow.table(
+        [ids, *kept.columns, *answers.columns],
+        names=[ROW_ID, *kept.column_names, *answers.column_names],
+        metadata={"toolchain": json.dumps({"model": model_id})},
+    )
+    sink = pyarrow.BufferOutputStream()
+    try:
+        pyarrow.parquet.write_table(table, sink, compression="zstd")
+    except pyarrow.ArrowException as error:
+        raise DataError(
+            f"Parquet cannot hold a column of the input ({type(error).__name__}: {error}).", "Leave the column out."
+        ) from error
+    return bytes(sink.getvalue())
