@@ -59,7 +59,7 @@ def test_a_url_is_read_through_a_copy(tmp_path):
     assert len(read_units((tmp_path / "in.csv").as_uri())) == 3
     with fsspec.open("memory://units/bad.parquet", "wb") as file:
         file.write(b"PAR1 nothing")
-    with pytest.raises(DataError, match="memory://units/bad.parquet cannot be read"):
+    with pytest.raises(DataError, match=r"memory://units/bad\.parquet cannot be read"):
         read_units("memory://units/bad.parquet")
 
 

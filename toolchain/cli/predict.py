@@ -116,9 +116,7 @@ def _check_options(inputs: Sequence[str], output: str | None, to_folder: bool, m
         if not inputs:
             raise click.UsageError("A folder as --output needs at least one FILE.")
         if engine == RAY:
-            raise click.UsageError(
-                "--engine ray writes single files only; use --engine local with a folder as --output."
-            )
+            raise click.UsageError("--engine ray writes single files only; use --engine local for a folder.")
         return
     if max_errors:
         raise click.UsageError("--max-errors needs a folder as --output, such as scored/.")

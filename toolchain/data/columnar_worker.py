@@ -40,6 +40,7 @@ class ParquetFile:
         self.schema = self._parquet.schema_arrow
 
     def batches(self, names: Sequence[str]) -> Iterator[Any]:
+        """Yields the rows of some columns; see `_File`."""
         for batch in self._parquet.iter_batches(self._batch_rows(names), columns=names, use_threads=False):
             batch.validate(full=True)
             yield batch
@@ -68,6 +69,7 @@ class ArrowStream:
             self.schema = reader.schema
 
     def batches(self, names: Sequence[str]) -> Iterator[Any]:
+        """Yields the rows of some columns; see `_File`."""
         options = pyarrow.ipc.IpcReadOptions(included_fields=[self.schema.names.index(n) for n in names])
         with (
             pyarrow.memory_map(self._file) as source,

@@ -50,9 +50,7 @@ def convert_storage_errors(name: str, action: str = "read") -> Iterator[None]:
     except ToolchainError:
         raise
     except FileNotFoundError as error:
-        raise DataError(
-            f"{shown} does not exist ({first_line(error)}).", "Correct the name of the bucket, folder or file."
-        ) from error
+        raise DataError(f"{shown} does not exist.", "Correct the name of the bucket, folder or file.") from error
     except PermissionError as error:
         raise DataError(
             f"Access to {shown} was refused ({first_line(error)}).",
@@ -92,7 +90,7 @@ def open_file_system(url: str) -> tuple[Any, str]:
     with convert_storage_errors(url):
         if parts.scheme in _ARROW:
             file_system, bucket = FileSystem.from_uri(urlunsplit((parts.scheme, parts.netloc, "", parts.query, "")))
-            return ArrowFSWrapper(file_system), f"{bucket.strip('/')}{parts.path}"
+            return ArrowFSWrapper(file_system), f"{bucket.strip('/')}{parts.path}".rstrip("/")
         try:
             file_system, path = fsspec.core.url_to_fs(url)
         except ValueError as error:

@@ -138,7 +138,8 @@ class OutputFolder:
     def __init__(self, location: str) -> None:
         self.name = storage.public_name(location)
         self.local = None if storage.is_url(location) else Path(os.path.abspath(storage.local_name(location)))
-        self._system, self._root = (None, "") if self.local else storage.open_file_system(location)
+        self._system, root = (None, "") if self.local else storage.open_file_system(location)
+        self._root = root.rstrip("/")
 
     def sizes(self) -> dict[str, int]:
         """Returns the number of bytes of each file, by relative name; ignores names that begin with a dot."""
@@ -153,7 +154,7 @@ class OutputFolder:
                 self._system.invalidate_cache()
                 exists = self._system.exists(self._root)
                 listing = self._system.find(self._root, detail=True) if exists else {}
-                start = len(self._root.rstrip("/")) + 1
+                start = len(self._root) + 1
                 found = {name[start:]: int(facts["size"] or 0) for name, facts in listing.items()}
         return {name: size for name, size in found.items() if not Path(name).name.startswith(".")}
 

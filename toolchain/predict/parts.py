@@ -1,6 +1,7 @@
 """Predicts the texts of many input files into a folder of Parquet parts; a killed run continues.
 
-Each input file is read in work units. A unit becomes one part: the input's columns, the id of each row, and the answers.
+Each input file is read in work units. A unit becomes one part, with the input's columns, the id of each row, and the
+answers.
 """
 
 from __future__ import annotations

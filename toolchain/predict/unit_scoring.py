@@ -22,7 +22,7 @@ from toolchain.predict.output_folder import OutputFolder, UnitRecord, write_reco
 WINDOW_TEXTS = 8192
 ROW_ID = "row_id"
 # A row id has the index of the input file in its upper bits, and the index of the row in the file in these lower bits.
-# So an engine knows the id of a row without the number of rows of earlier files, and the ids have the order of the input.
+# So an engine knows the id of a row without the lengths of earlier files, and the ids have the order of the input.
 ROW_BITS = 40
 
 
