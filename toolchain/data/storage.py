@@ -43,14 +43,17 @@ def public_name(name: str) -> str:
 
 @contextmanager
 def convert_storage_errors(name: str, action: str = "read") -> Iterator[None]:
-    """Converts every error of a file system behind a URL to a `DataError` with its cause and a hint."""
+    """Converts every error of a file system behind a URL to a `DataError` with its cause and a hint.
+
+    Args:
+        name: The URL.
+        action: What the caller does: ``read`` or ``written``, as a past participle.
+    """
     shown = public_name(name)
     try:
         yield
     except ToolchainError:
         raise
-    except FileNotFoundError as error:
-        raise DataError(f"{shown} does not exist.", "Correct the name of the bucket, folder or file.") from error
     except PermissionError as error:
         raise DataError(
             f"Access to {shown} was refused ({first_line(error)}).",
@@ -59,9 +62,11 @@ def convert_storage_errors(name: str, action: str = "read") -> Iterator[None]:
     except ImportError as error:
         raise DataError(f"{shown} needs a package that is not installed.", _package_hint(shown, error)) from error
     except Exception as error:  # each file system raises errors of its own library
+        # For a refused key, pyarrow raises a `FileNotFoundError` as well if it writes.
+        if isinstance(error, FileNotFoundError) and action == "read":
+            raise DataError(f"{shown} does not exist.", "Correct the name of the bucket, folder or file.") from error
         raise DataError(
-            f"{shown} cannot be {'read' if action == 'read' else 'written'} ({type(error).__name__}: "
-            f"{first_line(error)}).",
+            f"{shown} cannot be {action} ({type(error).__name__}: {first_line(error)}).",
             "Check the URL, the connection and the credentials, then run the same command again.",
         ) from error
 

@@ -198,7 +198,7 @@ class OutputFolder:
                     "Free disk space or correct the permissions, then run the same command again to continue the run.",
                 ) from error
         else:
-            with storage.convert_storage_errors(f"{self.name.rstrip('/')}/{name}", "write"):
+            with storage.convert_storage_errors(f"{self.name.rstrip('/')}/{name}", "written"):
                 self._system.pipe_file(f"{self._root}/{name}", content)
 
 
