@@ -1,5 +1,6 @@
 """Tests of `predict` into a folder: order and columns, killed runs, other runs' folders, and rows without an answer."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from toolchain.data.units import open_reader
 from toolchain.errors import ArtifactError, CheckpointError, DataError
 from toolchain.predict import load_model, load_variant_model, parts
 from toolchain.predict.parts import Request, predict_parts
@@ -77,6 +79,18 @@ def counting(texts, limit=None):
     return lambda model, threads: CountingModel(load_model(model, threads), texts, limit)
 
 
+@pytest.fixture(scope="module")
+def reader():
+    with open_reader() as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def one_reader(reader, monkeypatch):
+    """Lets all tests of this file use one child process, which saves time."""
+    monkeypatch.setattr(parts, "open_reader", lambda: contextlib.nullcontext(reader))
+
+
 def run(model, inputs, output, load=load_model, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "load_model", load)
@@ -104,7 +118,7 @@ def test_rows_have_ids_columns_and_answers_in_order(model, tmp_path, small_units
 
 
 @given(cuts=st.sets(st.integers(1, 9)), unit_rows=st.integers(1, 12))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=4, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8, deadline=None)
 def test_files_and_units_do_not_change_the_answers(model, tmp_path_factory, cuts, unit_rows):
     folder = tmp_path_factory.mktemp("split")
     bounds = [0, *sorted(cuts), 10]

@@ -29,70 +29,83 @@ def zstd(content):
 COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd}
 
 
-def read_units(location, rows=2, skip=0, faults=0):
+@pytest.fixture(scope="module")
+def reader():
+    with open_reader() as opened:
+        yield opened
+
+
+def read_units(reader, location, rows=2, skip=0, faults=0, first_columns=None):
     (part,) = find_parts([str(location)])
     units = []
-    with open_reader() as reader:
-        reader.open(part, None, part.name, None, None)
-        reader.skip(skip)
-        while not (units and units[-1].is_last):
-            units.append(reader.read(rows, faults))
+    reader.open(part, first_columns, "first.csv", None, None)
+    reader.skip(skip)
+    while not (units and units[-1].is_last):
+        units.append(reader.read(rows, faults))
     return units
 
 
 @pytest.mark.parametrize("ending", COMPRESSORS)
 @pytest.mark.parametrize(("kind", "content"), [(".csv", CSV), (".jsonl", JSON)])
-def test_compressed_files_give_the_same_rows(tmp_path, kind, content, ending):
+def test_compressed_files_give_the_same_rows(reader, tmp_path, kind, content, ending):
     file = tmp_path / f"in{kind}{ending}"
     file.write_bytes(COMPRESSORS[ending](content))
-    units = read_units(file)
+    units = read_units(reader, file)
     assert [len(unit.texts) for unit in units] == [2, 2, 1]
     assert [row for unit in units for row in unit.columns.to_pylist()] == ROWS
-    assert [text for unit in read_units(file, skip=3) for text in unit.texts] == ["film 3", "film 4"]
+    assert [text for unit in read_units(reader, file, skip=3) for text in unit.texts] == ["film 3", "film 4"]
 
 
-def test_a_url_is_read_through_a_copy(tmp_path):
+def test_a_url_is_read_through_a_copy(reader, tmp_path):
     with fsspec.open("memory://units/in.jsonl.gz", "wb") as file:
         file.write(gzip.compress(JSON))
-    assert [text for unit in read_units("memory://units/in.jsonl.gz") for text in unit.texts][-1] == "film 4"
+    assert [text for unit in read_units(reader, "memory://units/in.jsonl.gz") for text in unit.texts][-1] == "film 4"
     (tmp_path / "in.csv").write_bytes(CSV)
-    assert len(read_units((tmp_path / "in.csv").as_uri())) == 3
+    assert len(read_units(reader, (tmp_path / "in.csv").as_uri())) == 3
     with fsspec.open("memory://units/bad.parquet", "wb") as file:
         file.write(b"PAR1 nothing")
     with pytest.raises(DataError, match=r"memory://units/bad\.parquet cannot be read"):
-        read_units("memory://units/bad.parquet")
+        read_units(reader, "memory://units/bad.parquet")
 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".zst"])
-def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path, ending):
+def test_a_compressed_file_that_is_cut_short_is_refused(reader, tmp_path, ending):
     file = tmp_path / f"in.csv{ending}"
     file.write_bytes(COMPRESSORS[ending](CSV)[:-6])
     with pytest.raises(DataError, match=r"in\.csv.* cannot be read"):
-        read_units(file)
+        read_units(reader, file)
 
 
-def test_parquet_keeps_its_types_and_lists_its_faults(tmp_path):
+def test_parquet_keeps_its_types_and_lists_its_faults(reader, tmp_path):
     table = pyarrow.table({"text": ["a", None, "c"], "stars": pyarrow.array([1, 2, 3], pyarrow.int8())})
     pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
-    (unit,) = read_units(tmp_path / "in.parquet", rows=10, faults=1)
+    (unit,) = read_units(reader, tmp_path / "in.parquet", rows=10, faults=1)
     assert unit.columns.schema.field("stars").type == pyarrow.int8()
     assert unit.faults == [(1, "the column 'text' holds no text")]
     assert unit.texts == ["a", "", "c"]
 
 
-def test_words_and_surrogates_of_json_lines(tmp_path):
+def test_words_and_surrogates_of_json_lines(reader, tmp_path):
     lines = [{"tokens": ["a", "b"], "x": 5}, {"tokens": ["\ud800"], "x": None}, {"tokens": ["c"], "x": "\ud800"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (unit,) = read_units(tmp_path / "in.jsonl", rows=10, faults=5)
+    (unit,) = read_units(reader, tmp_path / "in.jsonl", rows=10, faults=5)
     assert unit.texts[0] == "a b"
     assert [row for row, _ in unit.faults] == [1, 2]
     assert unit.columns.to_pylist()[0] == {"tokens": '["a", "b"]', "x": "5"}
 
 
-def test_a_key_that_the_first_row_lacks_is_an_error(tmp_path):
+def test_a_key_that_the_first_row_lacks_is_an_error(reader, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b", "more": 1}\n')
     with pytest.raises(DataError, match="row 2: the key 'more' is not in the first row"):
-        read_units(tmp_path / "in.jsonl")
+        read_units(reader, tmp_path / "in.jsonl")
+
+
+def test_a_file_of_json_lines_without_a_line_has_the_columns_of_the_first_file(reader, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"")
+    (unit,) = read_units(reader, tmp_path / "in.jsonl", first_columns=[["id", "string"], ["text", "string"]])
+    assert (unit.columns.column_names, unit.texts, unit.is_last) == (["id", "text"], [], True)
+    with pytest.raises(DataError, match="none of the columns"):
+        read_units(reader, tmp_path / "in.jsonl")
 
 
 def test_folders_and_patterns_give_their_files_in_order(tmp_path):
@@ -131,7 +144,7 @@ def test_messages_show_no_secrets_of_a_url():
     [
         (FileNotFoundError("The specified bucket does not exist"), "s3://b/a does not exist"),
         (PermissionError("Forbidden"), r"Access to s3://b/a was refused \(Forbidden\)"),
-        (ImportError("no s3fs"), "s3://b/a needs a package.* `pip install s3fs`"),
+        (ImportError("no s3fs"), "s3://b/a needs a package that is not installed.* no s3fs"),
         (RuntimeError("timeout"), r"s3://b/a cannot be read \(RuntimeError: timeout\)"),
     ],
 )

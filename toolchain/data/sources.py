@@ -26,7 +26,7 @@ class Part:
         name: Name of the file for messages and records; the URL of a file without its secrets.
         size: Number of bytes.
         version: Text that changes with the content of the file: its time of change, or a tag that the storage computed.
-        path: Path of the file, in `system` if there is one.
+        path: Absolute path of the file, in `system` if there is one.
         system: The file system of a file behind a URL, with the interface of fsspec; None for a local file.
     """
 
@@ -38,7 +38,10 @@ class Part:
 
     def require_unchanged(self) -> None:
         """Raises `DataError` if a local file has changed since `find_parts` found it."""
-        if self.system is None and _local_part(self.path) != self:
+        if self.system is not None:
+            return
+        now = _local_part(self.path)
+        if (now.size, now.version) != (self.size, self.version):
             raise DataError(
                 f"{self.name} changed while it was read.",
                 "Wait until no program writes the file, then choose another output folder.",
@@ -160,4 +163,4 @@ def _local_part(path: str) -> Part:
         status = os.stat(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.", "Pass a readable file.") from error
-    return Part(path, status.st_size, str(status.st_mtime_ns), path)
+    return Part(path, status.st_size, str(status.st_mtime_ns), os.path.abspath(path))
