@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toolchain.data.units import open_reader
+from toolchain.data.chunks import open_reader
 from toolchain.errors import ArtifactError, CheckpointError, DataError
 from toolchain.predict import load_model, load_variant_model, parts
+from toolchain.predict.chunk_scoring import ROW_BITS
 from toolchain.predict.parts import Request, predict_parts
-from toolchain.predict.unit_scoring import ROW_BITS
 from toolchain.progress import no_bar
 
 TEXTS = [f"film {'long ' * (i % 5)}{i}" for i in range(10)]
@@ -39,8 +39,8 @@ def model(built_tiny):
 
 
 @pytest.fixture
-def small_units(monkeypatch):
-    monkeypatch.setattr(parts, "UNIT_ROWS", 3)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(parts, "CHUNK_ROWS", 3)
 
 
 def write_csv(path, texts, start=0):
@@ -97,7 +97,7 @@ def run(model, inputs, output, load=load_model, **options):
         return predict_parts(model, Request(inputs, str(output), **options), quiet, no_bar)
 
 
-def test_rows_have_ids_columns_and_answers_in_order(model, tmp_path, small_units):
+def test_rows_have_ids_columns_and_answers_in_order(model, tmp_path, small_chunks):
     inputs = [write_csv(tmp_path / "b.csv", TEXTS[:4]), write_csv(tmp_path / "a.csv", TEXTS[4:], 4)]
     summary = run(model, inputs, tmp_path / "out")
     rows = read_parts(tmp_path / "out")
@@ -117,9 +117,9 @@ def test_rows_have_ids_columns_and_answers_in_order(model, tmp_path, small_units
     )
 
 
-@given(cuts=st.sets(st.integers(1, 9)), unit_rows=st.integers(1, 12))
+@given(cuts=st.sets(st.integers(1, 9)), chunk_rows=st.integers(1, 12))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8, deadline=None)
-def test_files_and_units_do_not_change_the_answers(model, tmp_path_factory, cuts, unit_rows):
+def test_files_and_chunks_do_not_change_the_answers(model, tmp_path_factory, cuts, chunk_rows):
     folder = tmp_path_factory.mktemp("split")
     bounds = [0, *sorted(cuts), 10]
     inputs = [
@@ -127,7 +127,7 @@ def test_files_and_units_do_not_change_the_answers(model, tmp_path_factory, cuts
         for number, (start, end) in enumerate(itertools.pairwise(bounds))
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "UNIT_ROWS", unit_rows)
+        patch.setattr(parts, "CHUNK_ROWS", chunk_rows)
         run(model, inputs, folder / "out")
     run(model, [write_csv(folder / "whole.csv", TEXTS)], folder / "whole")
     rows, expected = read_parts(folder / "out"), read_parts(folder / "whole")
@@ -137,7 +137,7 @@ def test_files_and_units_do_not_change_the_answers(model, tmp_path_factory, cuts
         assert [row[n] for n in ANSWERS[1:]] == pytest.approx([other[n] for n in ANSWERS[1:]], abs=1e-5)
 
 
-def test_an_interrupted_run_continues_with_the_same_digest(model, tmp_path, small_units):
+def test_an_interrupted_run_continues_with_the_same_digest(model, tmp_path, small_chunks):
     inputs = [write_csv(tmp_path / "in" / "a.csv", TEXTS), write_csv(tmp_path / "in" / "b.csv", TEXTS)]
     expected = run(model, inputs, tmp_path / "expected")
     with pytest.raises(KeyboardInterrupt):
@@ -157,7 +157,7 @@ from pathlib import Path
 from toolchain.predict import load_folder_model, parts
 from toolchain.predict.output_folder import OutputFolder
 from toolchain.progress import no_bar
-parts.UNIT_ROWS = 3
+parts.CHUNK_ROWS = 3
 write, left = OutputFolder.write, [int(sys.argv[4])]
 def write_or_die(self, name, content):
     write(self, name, content)
@@ -172,7 +172,7 @@ parts.predict_parts(model, parts.Request([sys.argv[2]], sys.argv[3]), lambda lin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writes", [1, 2, 3])
-def test_a_killed_run_continues(model, tmp_path, small_units, writes):
+def test_a_killed_run_continues(model, tmp_path, small_chunks, writes):
     """Kills the run after the record of the run, after the first part, and after the first part's record."""
     source = write_csv(tmp_path / "a.csv", TEXTS)
     killed = subprocess.run(
@@ -186,10 +186,10 @@ def test_a_killed_run_continues(model, tmp_path, small_units, writes):
 
 
 @pytest.mark.parametrize("damage", ["part", "record"])
-def test_a_half_written_file_is_scored_again(model, tmp_path, small_units, damage):
+def test_a_half_written_file_is_scored_again(model, tmp_path, small_chunks, damage):
     source = write_csv(tmp_path / "a.csv", TEXTS)
     expected = run(model, [source], tmp_path / "out")
-    name = {"part": "part-00000-000002.parquet", "record": "_units/part-00000-000002.json"}[damage]
+    name = {"part": "part-00000-000002.parquet", "record": "_records/part-00000-000002.json"}[damage]
     file = tmp_path / "out" / name
     file.write_bytes(file.read_bytes()[:-10])
     scored = []
@@ -208,7 +208,7 @@ def test_a_half_written_file_is_scored_again(model, tmp_path, small_units, damag
         ("record", r"run\.json is damaged"),
     ],
 )
-def test_the_folder_of_another_run_is_refused(model, tmp_path, small_units, change, message):
+def test_the_folder_of_another_run_is_refused(model, tmp_path, small_chunks, change, message):
     inputs, output = [write_csv(tmp_path / "a.csv", TEXTS)], tmp_path / "out"
     run(model, inputs, output)
     before = sorted(output.rglob("*.parquet"))
@@ -223,9 +223,9 @@ def test_the_folder_of_another_run_is_refused(model, tmp_path, small_units, chan
     elif change == "column":
         options["column"] = "text"
     elif change == "files":
-        shutil.rmtree(output / "_units")
+        shutil.rmtree(output / "_records")
     else:
-        (output / "_units" / "run.json").write_text("{")
+        (output / "_records" / "run.json").write_text("{")
     with pytest.raises(ArtifactError, match=message) as error:
         run(chosen_model, inputs, output, **options)
     assert error.value.hint
@@ -274,7 +274,7 @@ def cut_row(path):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_bad_file_stops_the_run_and_finished_parts_stay(model, tmp_path, small_units, change, message):
+def test_a_bad_file_stops_the_run_and_finished_parts_stay(model, tmp_path, small_chunks, change, message):
     write_csv(tmp_path / "in" / "a.csv", TEXTS)
     write_csv(tmp_path / "in" / "b.csv", TEXTS)
     change(tmp_path / "in" / "b.csv")
@@ -285,7 +285,7 @@ def test_a_bad_file_stops_the_run_and_finished_parts_stay(model, tmp_path, small
     assert not (tmp_path / "out" / "_toolchain.json").exists()
 
 
-def test_rows_without_an_answer_are_listed_up_to_a_bound(model, tmp_path, small_units):
+def test_rows_without_an_answer_are_listed_up_to_a_bound(model, tmp_path, small_chunks):
     source = tmp_path / "a.parquet"
     texts = ["a", None, "c", MARK, "e"]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), source)
@@ -313,7 +313,7 @@ def test_a_column_that_predict_writes_is_refused(model, tmp_path):
         run(model, [str(tmp_path / "a.csv")], tmp_path / "out")
 
 
-def test_inputs_and_outputs_may_be_urls(model, tmp_path, small_units):
+def test_inputs_and_outputs_may_be_urls(model, tmp_path, small_chunks):
     for name in ("a", "b"):
         with fsspec.open(f"memory://predict/in/{name}.csv", "w") as file:
             file.write("id,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(TEXTS)))

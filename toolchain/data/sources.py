@@ -14,12 +14,12 @@ from toolchain.data.tables import COMPRESSIONS, FORMATS, kind_of
 from toolchain.errors import DataError
 from toolchain.system.decoding import check_line
 
-MAX_PARTS = 100_000
+MAX_INPUT_FILES = 100_000
 _KINDS = f"{', '.join(FORMATS)}; all except .parquet also with {', '.join(COMPRESSIONS)}"
 
 
 @dataclass(frozen=True)
-class Part:
+class InputFile:
     """An input file.
 
     Attributes:
@@ -37,10 +37,10 @@ class Part:
     system: Any = None
 
     def require_unchanged(self) -> None:
-        """Raises `DataError` if a local file has changed since `find_parts` found it."""
+        """Raises `DataError` if a local file has changed since `find_input_files` found it."""
         if self.system is not None:
             return
-        now = _local_part(self.path)
+        now = _local_file(self.path)
         if (now.size, now.version) != (self.size, self.version):
             raise DataError(
                 f"{self.name} changed while it was read.",
@@ -48,7 +48,7 @@ class Part:
             )
 
 
-def find_parts(inputs: Sequence[str]) -> list[Part]:
+def find_input_files(inputs: Sequence[str]) -> list[InputFile]:
     """Returns all input files: the inputs in order, and the files of each folder or pattern sorted by name.
 
     In a folder, the function ignores files and folders whose name begins with ``.`` or ``_``, and files with other
@@ -59,23 +59,23 @@ def find_parts(inputs: Sequence[str]) -> list[Part]:
 
     Raises:
         DataError: An input does not exist or has no data, a file is named twice, a link leads out of its folder, there
-            are more than `MAX_PARTS` files, or a URL cannot be read.
+            are more than `MAX_INPUT_FILES` files, or a URL cannot be read.
     """
-    parts: list[Part] = []
+    files: list[InputFile] = []
     names = set[str]()
     for location in inputs:
         if location == "-":
             raise DataError("Standard input cannot be read again after an interruption.", "Save the texts in a file.")
         listing = _list_url(location) if storage.is_url(location) else _list_local(storage.local_name(location))
-        for part in listing:
-            if part.path in names:
-                raise DataError(f"{part.name} is named twice.", "Name each file once.")
-            if len(parts) == MAX_PARTS:
-                raise DataError(f"There are more than {MAX_PARTS:,} input files.", "Score them in several runs.")
-            _check_name(part.name)
-            names.add(part.path)
-            parts.append(part)
-    return parts
+        for file in listing:
+            if file.path in names:
+                raise DataError(f"{file.name} is named twice.", "Name each file once.")
+            if len(files) == MAX_INPUT_FILES:
+                raise DataError(f"There are more than {MAX_INPUT_FILES:,} input files.", "Score them in several runs.")
+            _check_name(file.name)
+            names.add(file.path)
+            files.append(file)
+    return files
 
 
 def _check_name(name: str) -> None:
@@ -87,16 +87,16 @@ def _check_name(name: str) -> None:
         raise DataError(f"The name {name!r} cannot be used: {error}.", "Rename the file.") from error
 
 
-def _list_local(name: str) -> Iterator[Part]:
+def _list_local(name: str) -> Iterator[InputFile]:
     if glob.has_magic(name) and not os.path.lexists(name):
         matches = sorted(path for path in glob.iglob(name, recursive=True) if Path(path).is_file())
         if not matches:
             raise DataError(f"No file matches {name}.", "Correct the pattern, and quote it for the shell.")
-        yield from map(_local_part, matches)
+        yield from map(_local_file, matches)
     elif Path(name).is_dir():
-        yield from map(_local_part, _files_of_folder(Path(name)))
+        yield from map(_local_file, _files_of_folder(Path(name)))
     else:
-        yield _local_part(name)
+        yield _local_file(name)
 
 
 def _files_of_folder(folder: Path) -> list[str]:
@@ -106,8 +106,8 @@ def _files_of_folder(folder: Path) -> list[str]:
     for place, subfolders, names in os.walk(folder, onerror=_raise_walk_error):
         subfolders[:] = [name for name in subfolders if _is_visible(name)]
         found += [os.path.relpath(os.path.join(place, name), folder) for name in names if _is_data(name)]
-        if len(found) > MAX_PARTS:
-            raise DataError(f"{folder} has more than {MAX_PARTS:,} files.", "Score them in several runs.")
+        if len(found) > MAX_INPUT_FILES:
+            raise DataError(f"{folder} has more than {MAX_INPUT_FILES:,} files.", "Score them in several runs.")
     if not found:
         raise _empty_folder_error(str(folder))
     return [str(folders.inside(folder, name)) for name in sorted(found)]
@@ -129,7 +129,7 @@ def _empty_folder_error(folder: str) -> DataError:
     return DataError(f"{folder} has no file with data.", f"The names of such files end in {_KINDS}.")
 
 
-def _list_url(url: str) -> Iterator[Part]:
+def _list_url(url: str) -> Iterator[InputFile]:
     system, path = storage.open_file_system(url)
     with storage.convert_storage_errors(url):
         if "*" in path:
@@ -146,21 +146,21 @@ def _list_url(url: str) -> Iterator[Part]:
             if not found:
                 raise _empty_folder_error(storage.public_name(url))
         else:
-            yield _remote_part(system, path, system.info(path), storage.public_name(url))
+            yield _remote_file(system, path, system.info(path), storage.public_name(url))
             return
         for name in sorted(found):
             if found[name]["type"] == "file":
                 public_name = storage.public_name(system.unstrip_protocol(name))
-                yield _remote_part(system, name, found[name], public_name)
+                yield _remote_file(system, name, found[name], public_name)
 
 
-def _remote_part(system: Any, path: str, facts: Mapping[str, Any], name: str) -> Part:
-    return Part(name, int(facts["size"] or 0), storage.version_of(facts), path, system)
+def _remote_file(system: Any, path: str, facts: Mapping[str, Any], name: str) -> InputFile:
+    return InputFile(name, int(facts["size"] or 0), storage.version_of(facts), path, system)
 
 
-def _local_part(path: str) -> Part:
+def _local_file(path: str) -> InputFile:
     try:
         status = os.stat(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.", "Pass a readable file.") from error
-    return Part(path, status.st_size, str(status.st_mtime_ns), os.path.abspath(path))
+    return InputFile(path, status.st_size, str(status.st_mtime_ns), os.path.abspath(path))

@@ -1,9 +1,9 @@
-"""The output folder of a large prediction: Parquet parts, the records of finished work units, and a manifest.
+"""The output folder of a large prediction: Parquet parts, the records of finished chunks, and a manifest.
 
-    part-00012-000003.parquet           answers of unit 3 of input file 12
-    _errors/part-00012-000003.jsonl     rows of this unit without an answer, with the reason; only if there are any
-    _units/part-00012-000003.json       record of this unit, written after its part
-    _units/run.json                     model, inputs and settings, written first
+    part-00012-000003.parquet           answers of chunk 3 of input file 12
+    _errors/part-00012-000003.jsonl     rows of this chunk without an answer, with the reason; only if there are any
+    _records/part-00012-000003.json     record of this chunk, written after its part
+    _records/run.json                   model, inputs and settings, written first
     _toolchain.json                     manifest, written last
 
 Readers of data folders, such as those of Arrow and Spark, ignore names that begin with ``_``.
@@ -24,7 +24,7 @@ from toolchain.errors import ArtifactError, DataError
 from toolchain.system import files
 from toolchain.system.decoding import MAX_BYTES, Check, Count, Line, decode, strict
 
-MANIFEST, RUN = "_toolchain.json", "_units/run.json"
+MANIFEST, RUN = "_toolchain.json", "_records/run.json"
 FORMAT = 1
 OTHER_HINT = "Choose another output folder, or move the existing one away."
 
@@ -58,7 +58,7 @@ class Run:
         model: Id of the model.
         text_column: Column of the texts that the user named; None for the default.
         pair_column: Column of the second texts; None if rows are single texts.
-        unit_rows: Largest number of rows of a unit.
+        chunk_rows: Largest number of rows of a chunk.
         inputs: The input files in order.
     """
 
@@ -66,7 +66,7 @@ class Run:
     model: Line
     text_column: Line | None
     pair_column: Line | None
-    unit_rows: Count
+    chunk_rows: Count
     inputs: list[InputRecord]
 
     @property
@@ -88,25 +88,25 @@ class Run:
 
 @strict
 @dataclass(frozen=True)
-class UnitRecord:
-    """The record of a finished work unit.
+class PartRecord:
+    """The record of a finished part.
 
     Attributes:
         run: `Run.id` of the run.
-        part: Index of the input file.
-        unit: Index of the unit in the input file.
-        first_row: Number of rows of the input file before the unit.
-        rows: Number of rows of the unit.
-        errors: Number of rows of the unit without an answer.
-        is_last: Whether the unit is the last one of its input file.
+        file: Index of the input file.
+        chunk: Index of the chunk in the input file.
+        first_row: Number of rows of the input file before the chunk.
+        rows: Number of rows of the chunk.
+        errors: Number of rows of the chunk without an answer.
+        is_last: Whether the chunk is the last one of its input file.
         size: Number of bytes of the part.
         sha256: Digest of the part.
         columns: Name and type of each column of the input.
     """
 
     run: Sha256
-    part: Count
-    unit: Count
+    file: Count
+    chunk: Count
     first_row: Count
     rows: Count
     errors: Count
@@ -118,12 +118,12 @@ class UnitRecord:
     @property
     def name(self) -> str:
         """Returns the name of the part without its ending."""
-        return part_name(self.part, self.unit)
+        return part_name(self.file, self.chunk)
 
 
-def part_name(part: int, unit: int) -> str:
-    """Returns the name, without ending, of the unit `unit` of the input file `part`."""
-    return f"part-{part:05}-{unit:06}"
+def part_name(file: int, chunk: int) -> str:
+    """Returns the name, without ending, of the chunk `chunk` of the input file `file`."""
+    return f"part-{file:05}-{chunk:06}"
 
 
 class OutputFolder:
@@ -202,20 +202,20 @@ class OutputFolder:
                 self._system.pipe_file(f"{self._root}/{name}", content)
 
 
-def write_record(folder: OutputFolder, record: UnitRecord) -> None:
-    """Writes the record of a unit, after its part."""
-    folder.write(f"_units/{record.name}.json", _to_json(asdict(record)))
+def write_record(folder: OutputFolder, record: PartRecord) -> None:
+    """Writes the record of a chunk, after its part."""
+    folder.write(f"_records/{record.name}.json", _to_json(asdict(record)))
 
 
 def _to_json(body: Mapping[str, Any]) -> bytes:
     return (json.dumps(body, indent=1) + "\n").encode()
 
 
-def claim(folder: OutputFolder, run: Run) -> list[list[UnitRecord]]:
+def claim(folder: OutputFolder, run: Run) -> list[list[PartRecord]]:
     """Requires that the folder is empty or belongs to the same run; writes the record of the run into an empty folder.
 
     Returns:
-        For each input file, the records of its first units, up to the first unit that is not finished.
+        For each input file, the records of its first chunks, up to the first chunk that is not finished.
 
     Raises:
         ArtifactError: The folder has other files, or the parts of another run.
@@ -232,34 +232,34 @@ def claim(folder: OutputFolder, run: Run) -> list[list[UnitRecord]]:
         raise ArtifactError(f"{folder.name}/{RUN} is damaged: {error}.", OTHER_HINT) from error
     if other != run:
         raise ArtifactError(f"{folder.name} holds the answers of another run. {run.difference(other)}", OTHER_HINT)
-    return [_finished_units(folder, run, sizes, part) for part in range(len(run.inputs))]
+    return [_finished_parts(folder, run, sizes, file) for file in range(len(run.inputs))]
 
 
-def _finished_units(folder: OutputFolder, run: Run, sizes: Mapping[str, int], part: int) -> list[UnitRecord]:
-    records: list[UnitRecord] = []
+def _finished_parts(folder: OutputFolder, run: Run, sizes: Mapping[str, int], file: int) -> list[PartRecord]:
+    records: list[PartRecord] = []
     while not (records and records[-1].is_last):
-        name = part_name(part, len(records))
-        if f"_units/{name}.json" not in sizes:
+        name = part_name(file, len(records))
+        if f"_records/{name}.json" not in sizes:
             break
         try:
-            record = decode(UnitRecord, folder.read(f"_units/{name}.json"))
-        except ValueError:  # the record is damaged, so the unit is scored again
+            record = decode(PartRecord, folder.read(f"_records/{name}.json"))
+        except ValueError:  # the record is damaged, so the chunk is scored again
             break
-        position = (run.id, part, len(records), sum(each.rows for each in records))
+        position = (run.id, file, len(records), sum(each.rows for each in records))
         is_whole = sizes.get(f"{name}.parquet") == record.size
-        if (record.run, record.part, record.unit, record.first_row) != position or not is_whole:
+        if (record.run, record.file, record.chunk, record.first_row) != position or not is_whole:
             break
         records.append(record)
     return records
 
 
-def write_manifest(folder: OutputFolder, run: Run, records: Sequence[UnitRecord]) -> str:
+def write_manifest(folder: OutputFolder, run: Run, records: Sequence[PartRecord]) -> str:
     """Writes the manifest, and returns the digest: the sha256 of the lines that `sha256sum` prints for all parts.
 
     Args:
         folder: The output folder.
         run: The run.
-        records: The records of all units, in the order of the input.
+        records: The records of all chunks, in the order of the input.
     """
     lines = "".join(f"{record.sha256}  {record.name}.parquet\n" for record in records)
     digest = hashlib.sha256(lines.encode()).hexdigest()

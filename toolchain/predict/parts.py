@@ -1,6 +1,6 @@
 """Predicts the texts of many input files into a folder of Parquet parts; a killed run continues.
 
-Each input file is read in work units. A unit becomes one part, with the input's columns, the id of each row, and the
+Each input file is read in chunks. A chunk becomes one part, with the input's columns, the id of each row, and the
 answers.
 """
 
@@ -11,25 +11,25 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 
 from toolchain.artifacts import publishing
-from toolchain.data.sources import Part, find_parts
-from toolchain.data.units import open_reader
+from toolchain.data.chunks import open_reader
+from toolchain.data.sources import InputFile, find_input_files
 from toolchain.errors import DataError
 from toolchain.predict import Model, load_model
+from toolchain.predict.chunk_scoring import ChunkScorer, Job, Rest, read_rest
 from toolchain.predict.output_folder import (
     FORMAT,
     InputRecord,
     OutputFolder,
+    PartRecord,
     Run,
-    UnitRecord,
     claim,
     require_apart,
     write_manifest,
 )
-from toolchain.predict.unit_scoring import Job, Rest, UnitScorer, read_rest
 from toolchain.progress import Bar, Say
 from toolchain.system import hardware
 
-UNIT_ROWS = 1 << 16  # largest number of rows of a unit
+CHUNK_ROWS = 1 << 16  # largest number of rows of a chunk
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,19 @@ class Summary:
     digest: str
 
 
-# A `PartsEngine` scores and writes the rest of each input file, and yields the record of each unit, in any order.
-PartsEngine = Callable[[Job, Sequence[Rest]], Iterator[UnitRecord]]
+# A `PartsEngine` scores and writes the rest of each input file, and yields the record of each chunk, in any order.
+PartsEngine = Callable[[Job, Sequence[Rest]], Iterator[PartRecord]]
 
 
-def score_parts_locally(job: Job, rests: Sequence[Rest]) -> Iterator[UnitRecord]:
+def score_parts_locally(job: Job, rests: Sequence[Rest]) -> Iterator[PartRecord]:
     """Scores input files on this machine; the default `PartsEngine`."""
     columns, errors = job.columns, 0
     with open_reader() as reader, closing(load_model(job.model, hardware.cores())) as loaded_model:
-        scorer = UnitScorer(loaded_model, job)
+        scorer = ChunkScorer(loaded_model, job)
         for rest in rests:
-            for unit in read_rest(reader, rest, job, columns, errors):
-                record = scorer.score(unit, job.most_errors - errors)
-                columns = unit.columns
+            for chunk in read_rest(reader, rest, job, columns, errors):
+                record = scorer.score(chunk, job.most_errors - errors)
+                columns = chunk.columns
                 errors += record.errors
                 yield record
 
@@ -93,7 +93,7 @@ def predict_parts(
         request: Inputs, output and settings.
         say: Called with each event.
         bar: Shows the progress.
-        engine: Function that scores and writes the units.
+        engine: Function that scores and writes the chunks.
 
     Raises:
         DataError: An input cannot be read, or more than `request.max_errors` rows have no answer. Finished parts stay.
@@ -101,12 +101,12 @@ def predict_parts(
     """
     folder = OutputFolder(request.output)
     require_apart(folder, request.inputs)
-    parts = find_parts(request.inputs)
-    inputs = [InputRecord(part.name, part.size, part.version) for part in parts]
-    run = Run(FORMAT, model.id, request.column, request.pair, UNIT_ROWS, inputs)
+    files = find_input_files(request.inputs)
+    inputs = [InputRecord(file.name, file.size, file.version) for file in files]
+    run = Run(FORMAT, model.id, request.column, request.pair, CHUNK_ROWS, inputs)
     with _lock(folder, say), bar("predict") as progress:
         finished = claim(folder, run)
-        records = [record for part_records in finished for record in part_records]
+        records = [record for file_records in finished for record in file_records]
         if done := sum(record.rows for record in records):
             say(f"{folder.name}: {done} rows are already scored")
         errors = sum(record.errors for record in records)
@@ -117,18 +117,18 @@ def predict_parts(
             output=request.output,
             column=request.column,
             pair=request.pair,
-            unit_rows=UNIT_ROWS,
+            chunk_rows=CHUNK_ROWS,
             most_errors=request.max_errors - errors,
-            first_name=parts[0].name,
+            first_name=files[0].name,
             columns=records[0].columns if records else None,
         )
-        rests = _rests(parts, finished)
-        count = len(parts) - len(rests)
+        rests = _rests(files, finished)
+        count = len(files) - len(rests)
         for record in engine(job, rests) if rests else ():
             records.append(record)
             count += record.is_last
-            progress(count, len(parts), "scoring")
-        records.sort(key=lambda record: (record.part, record.unit))
+            progress(count, len(files), "scoring")
+        records.sort(key=lambda record: (record.file, record.chunk))
         errors = sum(record.errors for record in records)
         _require_few(errors, request.max_errors)
         digest = write_manifest(folder, run, records)
@@ -142,11 +142,11 @@ def _lock(folder: OutputFolder, say: Say) -> AbstractContextManager[None]:
     return publishing.lock(folder.local, lambda: say(f"{folder.name}: waiting, because another run is writing there"))
 
 
-def _rests(parts: Sequence[Part], finished: Sequence[Sequence[UnitRecord]]) -> list[Rest]:
+def _rests(files: Sequence[InputFile], finished: Sequence[Sequence[PartRecord]]) -> list[Rest]:
     """Returns the input files that earlier runs have not scored completely."""
     return [
-        Rest(part, index, [record.rows for record in records])
-        for index, (part, records) in enumerate(zip(parts, finished, strict=True))
+        Rest(file, index, [record.rows for record in records])
+        for index, (file, records) in enumerate(zip(files, finished, strict=True))
         if not (records and records[-1].is_last)
     ]
 

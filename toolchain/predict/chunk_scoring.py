@@ -1,4 +1,4 @@
-"""Scores a work unit and writes its part, for every engine.
+"""Scores a chunk and writes its part, for every engine.
 
 A worker of a cluster imports this module, so its imports must stay light.
 """
@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from toolchain.data.chunks import Chunk, ChunkReader, Columns
 from toolchain.data.files import Text, group_texts
-from toolchain.data.sources import Part
-from toolchain.data.units import Columns, Unit, UnitReader
+from toolchain.data.sources import InputFile
 from toolchain.errors import CheckpointError, DataError
 from toolchain.predict import WINDOW_CHARACTERS, LoadedModel, Model, answer_values, predict_texts
-from toolchain.predict.output_folder import OutputFolder, UnitRecord, write_record
+from toolchain.predict.output_folder import OutputFolder, PartRecord, write_record
 
 # The texts of one window are tokenised together and sorted by length.
 WINDOW_TEXTS = 8192
@@ -28,15 +28,15 @@ ROW_BITS = 40
 
 @dataclass(frozen=True)
 class Rest:
-    """The units of an input file that no earlier run has scored.
+    """The chunks of an input file that no earlier run has scored.
 
     Attributes:
-        part: The input file.
+        file: The input file.
         index: Index of the input file.
-        done: Number of rows of each unit that an earlier run has scored.
+        done: Number of rows of each chunk that an earlier run has scored.
     """
 
-    part: Part
+    file: InputFile
     index: int
     done: Sequence[int]
 
@@ -51,7 +51,7 @@ class Job:
         output: Path or URL of the output folder.
         column: Column of the texts; None for ``sentence``, ``text`` or ``tokens``.
         pair: Column of the second texts if rows are pairs; None otherwise.
-        unit_rows: Largest number of rows of a unit.
+        chunk_rows: Largest number of rows of a chunk.
         most_errors: Largest number of rows without an answer in the rest of the inputs.
         first_name: Name of the first input file, for error messages.
         columns: Columns of the first input file; None if no earlier run has read it.
@@ -62,35 +62,35 @@ class Job:
     output: str
     column: str | None
     pair: str | None
-    unit_rows: int
+    chunk_rows: int
     most_errors: int
     first_name: str
     columns: Columns | None
 
 
 @dataclass(frozen=True)
-class PlacedUnit:
-    """A work unit and its place in the input.
+class PlacedChunk:
+    """A chunk and its place in the input.
 
     Attributes:
-        unit: The unit.
+        chunk: The chunk.
         input_name: Name of the input file.
-        part: Index of the input file.
-        number: Index of the unit in the input file.
-        first_row: Number of rows of the input file before the unit.
+        file: Index of the input file.
+        number: Index of the chunk in the input file.
+        first_row: Number of rows of the input file before the chunk.
         columns: Name and type of each column of the input.
     """
 
-    unit: Unit
+    chunk: Chunk
     input_name: str
-    part: int
+    file: int
     number: int
     first_row: int
     columns: Columns
 
 
-def read_rest(reader: UnitReader, rest: Rest, job: Job, columns: Columns | None, errors: int) -> Iterator[PlacedUnit]:
-    """Yields the units of an input file after those that an earlier run has scored.
+def read_rest(reader: ChunkReader, rest: Rest, job: Job, columns: Columns | None, errors: int) -> Iterator[PlacedChunk]:
+    """Yields the chunks of an input file after those that an earlier run has scored.
 
     Args:
         reader: The child process that reads.
@@ -99,27 +99,27 @@ def read_rest(reader: UnitReader, rest: Rest, job: Job, columns: Columns | None,
         columns: Columns of the first input file; None for the first file itself.
         errors: Number of rows of this run without an answer so far.
     """
-    part = rest.part
-    reader.open(part, columns, job.first_name, job.column, job.pair)
+    file = rest.file
+    reader.open(file, columns, job.first_name, job.column, job.pair)
     taken = {name for name, _ in reader.columns} & {ROW_ID, *job.model.answer_columns}
     if taken:
-        raise DataError(f"{part.name} has the column {min(taken)!r}, which `predict` writes.", "Rename the column.")
+        raise DataError(f"{file.name} has the column {min(taken)!r}, which `predict` writes.", "Rename the column.")
     for rows in rest.done:
         reader.skip(rows)
     number, first_row, is_last = len(rest.done), sum(rest.done), False
     while not is_last:
-        unit = reader.read(job.unit_rows, job.most_errors - errors)
-        is_last = unit.is_last
+        chunk = reader.read(job.chunk_rows, job.most_errors - errors)
+        is_last = chunk.is_last
         if is_last:
-            part.require_unchanged()
-        require_few_errors(unit.faults, job.most_errors - errors, part.name, first_row)
-        errors += len(unit.faults)
-        yield PlacedUnit(unit, part.name, rest.index, number, first_row, reader.columns)
-        number, first_row = number + 1, first_row + len(unit.texts)
+            file.require_unchanged()
+        require_few_errors(chunk.faults, job.most_errors - errors, file.name, first_row)
+        errors += len(chunk.faults)
+        yield PlacedChunk(chunk, file.name, rest.index, number, first_row, reader.columns)
+        number, first_row = number + 1, first_row + len(chunk.texts)
 
 
 def require_few_errors(faults: Sequence[tuple[int, str]], most: int, name: str, first_row: int) -> None:
-    """Raises `DataError` if there are more than `most` faults in the unit that begins at `first_row`."""
+    """Raises `DataError` if there are more than `most` faults in the chunk that begins at `first_row`."""
     if len(faults) > most:
         row, reason = faults[most]
         raise DataError(
@@ -128,32 +128,32 @@ def require_few_errors(faults: Sequence[tuple[int, str]], most: int, name: str, 
         )
 
 
-class UnitScorer:
-    """Scores units and writes their parts; needs the loaded model and the output folder of the job."""
+class ChunkScorer:
+    """Scores chunks and writes their parts; needs the loaded model and the output folder of the job."""
 
     def __init__(self, loaded_model: LoadedModel, job: Job) -> None:
         self._loaded_model, self._job, self._folder = loaded_model, job, OutputFolder(job.output)
 
-    def score(self, placed: PlacedUnit, most_errors: int) -> UnitRecord:
-        """Scores a unit, and writes its part, the list of its rows without an answer, and its record.
+    def score(self, placed: PlacedChunk, most_errors: int) -> PartRecord:
+        """Scores a chunk, and writes its part, the list of its rows without an answer, and its record.
 
         Raises:
             DataError: More than `most_errors` rows have no answer.
         """
-        unit, model = placed.unit, self._job.model
-        rows, values, faults = _score_texts(self._loaded_model, model, unit)
-        faults = sorted([*unit.faults, *faults])
+        chunk, model = placed.chunk, self._job.model
+        rows, values, faults = _score_texts(self._loaded_model, model, chunk)
+        faults = sorted([*chunk.faults, *faults])
         require_few_errors(faults, most_errors, placed.input_name, placed.first_row)
-        first_id = (placed.part << ROW_BITS) + placed.first_row
-        content = _to_parquet(unit.columns, rows, _to_columns(model, values), first_id, model.id)
-        record = UnitRecord(
+        first_id = (placed.file << ROW_BITS) + placed.first_row
+        content = _to_parquet(chunk.columns, rows, _to_columns(model, values), first_id, model.id)
+        record = PartRecord(
             run=self._job.run_id,
-            part=placed.part,
-            unit=placed.number,
+            file=placed.file,
+            chunk=placed.number,
             first_row=placed.first_row,
-            rows=len(unit.texts),
+            rows=len(chunk.texts),
             errors=len(faults),
-            is_last=unit.is_last,
+            is_last=chunk.is_last,
             size=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
             columns=[list(column) for column in placed.columns],
@@ -166,29 +166,29 @@ class UnitScorer:
         return record
 
 
-def _error_line(placed: PlacedUnit, first_id: int, row: int, reason: str) -> str:
+def _error_line(placed: PlacedChunk, first_id: int, row: int, reason: str) -> str:
     body = {ROW_ID: first_id + row, "input": placed.input_name, "row": placed.first_row + row + 1, "reason": reason}
     return json.dumps(body) + "\n"
 
 
 def _score_texts(
-    loaded_model: LoadedModel, model: Model, unit: Unit
+    loaded_model: LoadedModel, model: Model, chunk: Chunk
 ) -> tuple[list[int], list[list[Any]], list[tuple[int, str]]]:
     """Returns the rows with an answer, their answers, and index and reason for each text that cannot be tokenised."""
-    omitted, faults = {row for row, _ in unit.faults}, list[tuple[int, str]]()
+    omitted, faults = {row for row, _ in chunk.faults}, list[tuple[int, str]]()
     rows: list[int] = []
     values: list[list[Any]] = []
-    for window in _windows(unit.texts):
+    for window in _windows(chunk.texts):
         indices = [index for index in window if index not in omitted]
         try:
-            predictions = predict_texts(loaded_model, model.label_set, [unit.texts[index] for index in indices])
+            predictions = predict_texts(loaded_model, model.label_set, [chunk.texts[index] for index in indices])
         except CheckpointError:
-            found = dict(_find_faults(loaded_model, unit.texts, indices))
+            found = dict(_find_faults(loaded_model, chunk.texts, indices))
             if not found:
                 raise
             faults += found.items()
             indices = [index for index in indices if index not in found]
-            predictions = predict_texts(loaded_model, model.label_set, [unit.texts[index] for index in indices])
+            predictions = predict_texts(loaded_model, model.label_set, [chunk.texts[index] for index in indices])
         values += [answer_values(model.label_set, prediction) for prediction in predictions]
         rows += indices
     return rows, values, faults

@@ -1,4 +1,4 @@
-"""The child process that reads input files in work units; `toolchain.data.units` is the parent's handle."""
+"""The child process that reads input files in chunks; `toolchain.data.chunks` is the parent's handle."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Rows:
 
 
 class Worker:
-    """Reads the work units of one file after the other; the public methods answer the parent's messages.
+    """Reads the chunks of one file after the other; the public methods answer the parent's messages.
 
     Args:
         row_bytes: Largest number of bytes of a row.
@@ -82,39 +82,39 @@ class Worker:
         """
         self._columns, self._names = list(columns), list(texts)
         self._source = self._columnar_rows() if self._is_columnar else self._text_rows()
-        self._rest: _Rows | None = None  # rows that no unit has used yet
-        self._count = 0  # number of rows that units have used
+        self._rest: _Rows | None = None  # rows that no chunk has used yet
+        self._count = 0  # number of rows that chunks have used
         return {}
 
     def skip(self, rows: int) -> dict[str, Any]:
         """Skips the next rows and returns their number as ``skipped``; it is below `rows` at the end of the file."""
         skipped = 0
         with self._convert_errors():
-            while skipped < rows and (part := self._take(rows - skipped)):
-                skipped += len(part.values)
+            while skipped < rows and (piece := self._take(rows - skipped)):
+                skipped += len(piece.values)
         return {"skipped": skipped}
 
     def read(self, rows: int, size: int, faults: int, target: str) -> dict[str, Any]:
-        """Writes the next work unit to a file, as an Arrow stream.
+        """Writes the next chunk to a file, as an Arrow stream.
 
         The columns of texts follow the columns of the file. In a row with a fault, the texts are empty.
 
         Args:
             rows: Largest number of rows.
-            size: Number of bytes after which the unit ends.
-            faults: Largest number of rows with a fault; the unit ends after more.
+            size: Number of bytes after which the chunk ends.
+            faults: Largest number of rows with a fault; the chunk ends after more.
             target: The file to write.
 
         Returns:
-            The number of ``rows``, whether the unit ``is_last``, and ``faults``: index and reason for each row with a
+            The number of ``rows``, whether the chunk ``is_last``, and ``faults``: index and reason for each row with a
             fault, at most `faults` + 1.
         """
         tables: list[Any] = []
         found: list[tuple[int, str]] = []
         count = written = 0
         with self._convert_errors():
-            while count < rows and written < size and len(found) <= faults and (part := self._take(rows - count)):
-                table, table_faults = self._with_texts(part)
+            while count < rows and written < size and len(found) <= faults and (piece := self._take(rows - count)):
+                table, table_faults = self._with_texts(piece)
                 found += [(count + index, reason) for index, reason in table_faults]
                 tables.append(table)
                 count += table.num_rows
@@ -130,22 +130,22 @@ class Worker:
         self._fill()
         if self._rest is None:
             return None
-        part = self._rest.slice(0, rows)
+        piece = self._rest.slice(0, rows)
         self._rest = self._rest.slice(rows, len(self._rest.values)) if len(self._rest.values) > rows else None
-        self._count += len(part.values)
-        return part
+        self._count += len(piece.values)
+        return piece
 
     def _fill(self) -> None:
         """Reads the next rows if none are left; none are left after that only at the end of the file."""
-        while self._rest is None and (part := next(self._source, None)) is not None:
-            self._rest = part if part.values else None
+        while self._rest is None and (piece := next(self._source, None)) is not None:
+            self._rest = piece if piece.values else None
 
-    def _with_texts(self, part: _Rows) -> tuple[Any, list[tuple[int, str]]]:
+    def _with_texts(self, piece: _Rows) -> tuple[Any, list[tuple[int, str]]]:
         """Returns the table with its texts as last columns, and index and reason for each row with a fault."""
-        first = self._count - len(part.values) + 1
+        first = self._count - len(piece.values) + 1
         texts: list[Sequence[str]] = []
         faults = []
-        for index, values in enumerate(part.values):
+        for index, values in enumerate(piece.values):
             fault, row_texts = "", ("",) * len(self._names)
             if isinstance(values, str):
                 fault = values
@@ -160,7 +160,7 @@ class Worker:
             if fault:
                 faults.append((index, fault))
             texts.append(row_texts)
-        return _append_texts(part.table, list(zip(*texts, strict=True))), faults
+        return _append_texts(piece.table, list(zip(*texts, strict=True))), faults
 
     def _empty_table(self) -> Any:
         """Returns a table without rows, for a file without rows."""
