@@ -346,7 +346,6 @@ def test_the_command_writes_a_folder(tiny, tmp_path, say, monkeypatch):
     ("arguments", "message"),
     [
         (["--output", "out/"], "needs at least one FILE"),
-        (["in.csv", "--output", "out/", "--engine", "ray"], "--engine ray writes single files only"),
         (["a.csv", "b.csv"], "need a folder as --output"),
         (["s3://bucket/a.csv", "--output", "a.csv"], "need a folder as --output"),
         (["a.csv", "--output", "s3://bucket/out"], "end it with /"),

@@ -80,27 +80,29 @@ def predict(
     from toolchain.distributed import connect
     from toolchain.predict import load_bundle_model, load_variant_model, score_locally
     from toolchain.predict import predict as score
-    from toolchain.predict.parts import Request, predict_parts
+    from toolchain.predict.parts import Request, predict_parts, score_parts_locally
     from toolchain.ship.bundle_files.verify import BUNDLE
 
     to_folder = output is not None and _is_folder(output)
     if escape_formulas and (output is None or to_folder or Path(output).suffix.lower() not in SPREADSHEETS):
         raise click.UsageError(f"--escape-formulas needs --output with a {' or '.join(SPREADSHEETS)} file.")
-    _check_options(inputs, output, to_folder, max_errors, engine)
+    _check_options(inputs, output, to_folder, max_errors)
     with ExitStack() as stack:
-        engine_function = stack.enter_context(connect(address, say)).score if engine == RAY else score_locally
+        cluster = stack.enter_context(connect(address, say)) if engine == RAY else None
         if "/" in source or (Path(source) / BUNDLE).exists():
             chosen_model = load_bundle_model(Path(source), say)
         else:
             chosen_model = load_variant_model(open_workspace(model, exported, folder_name), source, say, bar)
         if to_folder and output is not None:
             request = Request(inputs, output, text_column, pair_column, max_errors)
-            summary = predict_parts(chosen_model, request, say, bar)
+            parts_engine = cluster.score_parts if cluster else score_parts_locally
+            summary = predict_parts(chosen_model, request, say, bar, parts_engine)
             count, errors = summary.rows, summary.errors
         else:
             texts = Texts(inputs[0] if inputs else "-", text_column, pair_column)
             target = Path(output) if output else None
-            count, errors = score(chosen_model, texts, target, say, bar, engine_function, escape_formulas), 0
+            score_engine = cluster.score if cluster else score_locally
+            count, errors = score(chosen_model, texts, target, say, bar, score_engine, escape_formulas), 0
     if output:
         say(f"{count} texts scored" + (f", {errors} rows have no answer; see the folder _errors" if errors else ""))
         echo(public_name(output) if to_folder else Path(output))
@@ -110,13 +112,11 @@ def _is_folder(output: str) -> bool:
     return output.endswith("/") or Path(output).is_dir()
 
 
-def _check_options(inputs: Sequence[str], output: str | None, to_folder: bool, max_errors: int, engine: str) -> None:
+def _check_options(inputs: Sequence[str], output: str | None, to_folder: bool, max_errors: int) -> None:
     """Raises `click.UsageError` if the options exclude each other."""
     if to_folder:
         if not inputs:
             raise click.UsageError("A folder as --output needs at least one FILE.")
-        if engine == RAY:
-            raise click.UsageError("--engine ray writes single files only; use --engine local for a folder.")
         return
     if max_errors:
         raise click.UsageError("--max-errors needs a folder as --output, such as scored/.")

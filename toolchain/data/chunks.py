@@ -74,13 +74,14 @@ class ChunkReader(Child):
         """
         self._name = file.name
         self._copy.unlink(missing_ok=True)
-        if file.system is None:
+        if file.url is None:
             self._file = file.path
         else:
             # The endings of a name state the format.
             self._copy = self._copy.with_name("copy" + "".join(Path(file.path).suffixes[-2:]))
             self._file = str(self._copy)
-            storage.copy_to_local(file.system, file.path, file.name, self._copy, file.size)
+            system, _ = storage.open_file_system(file.url)
+            storage.copy_to_local(system, file.path, file.name, self._copy, file.size)
         self.columns = self._ask("open", file=self._file)["columns"]
         if first_columns is not None:
             if self.columns or kind_of(file.path) != ".jsonl":  # JSON lines without a line have no columns

@@ -26,19 +26,19 @@ class InputFile:
         name: Name of the file for messages and records; the URL of a file without its secrets.
         size: Number of bytes.
         version: Text that changes with the content of the file: its time of change, or a tag that the storage computed.
-        path: Absolute path of the file, in `system` if there is one.
-        system: The file system of a file behind a URL, with the interface of fsspec; None for a local file.
+        path: Absolute path of the file in its file system.
+        url: A URL that opens the file system of a file behind a URL, and may contain secrets; None for a local file.
     """
 
     name: str
     size: int
     version: str
     path: str
-    system: Any = None
+    url: str | None = None
 
     def require_unchanged(self) -> None:
         """Raises `DataError` if a local file has changed since `find_input_files` found it."""
-        if self.system is not None:
+        if self.url:
             return
         now = _local_file(self.path)
         if (now.size, now.version) != (self.size, self.version):
@@ -146,16 +146,16 @@ def _list_url(url: str) -> Iterator[InputFile]:
             if not found:
                 raise _empty_folder_error(storage.public_name(url))
         else:
-            yield _remote_file(system, path, system.info(path), storage.public_name(url))
+            yield _remote_file(url, path, system.info(path), storage.public_name(url))
             return
         for name in sorted(found):
             if found[name]["type"] == "file":
                 public_name = storage.public_name(system.unstrip_protocol(name))
-                yield _remote_file(system, name, found[name], public_name)
+                yield _remote_file(url, name, found[name], public_name)
 
 
-def _remote_file(system: Any, path: str, facts: Mapping[str, Any], name: str) -> InputFile:
-    return InputFile(name, int(facts["size"] or 0), storage.version_of(facts), path, system)
+def _remote_file(url: str, path: str, facts: Mapping[str, Any], name: str) -> InputFile:
+    return InputFile(name, int(facts["size"] or 0), storage.version_of(facts), path, url)
 
 
 def _local_file(path: str) -> InputFile:

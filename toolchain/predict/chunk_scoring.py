@@ -43,12 +43,12 @@ class Rest:
 
 @dataclass(frozen=True)
 class Job:
-    """What the engine of a large prediction needs to score and write the rest of the inputs.
+    """What an engine needs besides the model to score and write the rest of the inputs.
 
     Attributes:
-        model: The model.
         run_id: `output_folder.Run.id` of the run.
-        output: Path or URL of the output folder.
+        output: Absolute path or URL of the output folder.
+        answer_columns: `Model.answer_columns` of the model.
         column: Column of the texts; None for ``sentence``, ``text`` or ``tokens``.
         pair: Column of the second texts if rows are pairs; None otherwise.
         chunk_rows: Largest number of rows of a chunk.
@@ -57,9 +57,9 @@ class Job:
         columns: Columns of the first input file; None if no earlier run has read it.
     """
 
-    model: Model
     run_id: str
     output: str
+    answer_columns: Sequence[str]
     column: str | None
     pair: str | None
     chunk_rows: int
@@ -101,7 +101,7 @@ def read_rest(reader: ChunkReader, rest: Rest, job: Job, columns: Columns | None
     """
     file = rest.file
     reader.open(file, columns, job.first_name, job.column, job.pair)
-    taken = {name for name, _ in reader.columns} & {ROW_ID, *job.model.answer_columns}
+    taken = {name for name, _ in reader.columns} & {ROW_ID, *job.answer_columns}
     if taken:
         raise DataError(f"{file.name} has the column {min(taken)!r}, which `predict` writes.", "Rename the column.")
     for rows in rest.done:
@@ -129,10 +129,11 @@ def require_few_errors(faults: Sequence[tuple[int, str]], most: int, name: str, 
 
 
 class ChunkScorer:
-    """Scores chunks and writes their parts; needs the loaded model and the output folder of the job."""
+    """Scores chunks with a loaded model and writes their parts."""
 
-    def __init__(self, loaded_model: LoadedModel, job: Job) -> None:
-        self._loaded_model, self._job, self._folder = loaded_model, job, OutputFolder(job.output)
+    def __init__(self, model: Model, loaded_model: LoadedModel, job: Job) -> None:
+        self._model, self._loaded_model, self._job = model, loaded_model, job
+        self._folder = OutputFolder(job.output)
 
     def score(self, placed: PlacedChunk, most_errors: int) -> PartRecord:
         """Scores a chunk, and writes its part, the list of its rows without an answer, and its record.
@@ -140,7 +141,7 @@ class ChunkScorer:
         Raises:
             DataError: More than `most_errors` rows have no answer.
         """
-        chunk, model = placed.chunk, self._job.model
+        chunk, model = placed.chunk, self._model
         rows, values, faults = _score_texts(self._loaded_model, model, chunk)
         faults = sorted([*chunk.faults, *faults])
         require_few_errors(faults, most_errors, placed.input_name, placed.first_row)

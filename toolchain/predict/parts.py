@@ -67,14 +67,14 @@ class Summary:
 
 
 # A `PartsEngine` scores and writes the rest of each input file, and yields the record of each chunk, in any order.
-PartsEngine = Callable[[Job, Sequence[Rest]], Iterator[PartRecord]]
+PartsEngine = Callable[[Model, Job, Sequence[Rest]], Iterator[PartRecord]]
 
 
-def score_parts_locally(job: Job, rests: Sequence[Rest]) -> Iterator[PartRecord]:
+def score_parts_locally(model: Model, job: Job, rests: Sequence[Rest]) -> Iterator[PartRecord]:
     """Scores input files on this machine; the default `PartsEngine`."""
     columns, errors = job.columns, 0
-    with open_reader() as reader, closing(load_model(job.model, hardware.cores())) as loaded_model:
-        scorer = ChunkScorer(loaded_model, job)
+    with open_reader() as reader, closing(load_model(model, hardware.cores())) as loaded_model:
+        scorer = ChunkScorer(model, loaded_model, job)
         for rest in rests:
             for chunk in read_rest(reader, rest, job, columns, errors):
                 record = scorer.score(chunk, job.most_errors - errors)
@@ -112,9 +112,9 @@ def predict_parts(
         errors = sum(record.errors for record in records)
         _require_few(errors, request.max_errors)
         job = Job(
-            model=model,
             run_id=run.id,
-            output=request.output,
+            output=str(folder.local or request.output),
+            answer_columns=model.answer_columns,
             column=request.column,
             pair=request.pair,
             chunk_rows=CHUNK_ROWS,
@@ -124,7 +124,7 @@ def predict_parts(
         )
         rests = _rests(files, finished)
         count = len(files) - len(rests)
-        for record in engine(job, rests) if rests else ():
+        for record in engine(model, job, rests) if rests else ():
             records.append(record)
             count += record.is_last
             progress(count, len(files), "scoring")
