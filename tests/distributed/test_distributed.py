@@ -20,6 +20,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import run_toolchain
 
@@ -33,7 +35,8 @@ from toolchain.data import inputs
 from toolchain.data.files import Texts
 from toolchain.distributed import Cluster, Node, benching, connect, remote
 from toolchain.errors import ClusterError, DataError, TamperedError
-from toolchain.predict import load_folder_model, load_variant_model, predict
+from toolchain.predict import load_folder_model, load_variant_model, parts, predict
+from toolchain.predict.parts import Request, predict_parts
 from toolchain.progress import no_bar
 from toolchain.results.result_file import ResultFile
 
@@ -152,6 +155,57 @@ def test_a_killed_worker_does_not_change_the_output(model, cluster, small_window
     predict(model, texts, tmp_path / "out.csv", quiet, no_bar, score_and_kill)
     assert not victims[0].is_running()
     assert (tmp_path / "out.csv").read_bytes() == score_here(model, texts, tmp_path / "alone.csv")
+
+
+def write_tables(folder, files, rows):
+    """Writes CSV files with a row whose text is missing in the first file; returns their names."""
+    folder.mkdir()
+    names = []
+    for number in range(files):
+        table = pyarrow.table({"id": range(rows), "text": [f"film {number} " + "long " * (i % 7) for i in range(rows)]})
+        if not number:
+            table = table.set_column(1, "text", pyarrow.array([None, *table["text"].to_pylist()[1:]]))
+        names.append(str(folder / f"{number}.parquet"))
+        pyarrow.parquet.write_table(table, names[-1])
+    return names
+
+
+def read_folder(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_cluster_writes_the_same_parts_even_if_a_worker_is_killed(model, cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "CHUNK_ROWS", 50)
+    inputs = write_tables(tmp_path / "in", 3, 1000)
+    expected = predict_parts(model, Request(inputs, str(tmp_path / "alone"), max_errors=1), quiet, no_bar)
+    victims = []
+
+    def score_and_kill(*arguments):
+        for record in cluster.score_parts(*arguments):
+            if not victims:
+                victims.append(processes_with("ray::MapWorker(MapBatches(PartWriter)")[0])
+                victims[0].kill()
+            yield record
+
+    request = Request(inputs, str(tmp_path / "out"), max_errors=1)
+    assert predict_parts(model, request, quiet, no_bar, score_and_kill) == expected
+    assert not victims[0].is_running()
+    assert (expected.rows, expected.errors) == (2999, 1)
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_local_run_can_continue_a_folder_of_a_cluster(model, cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "CHUNK_ROWS", 50)
+    inputs = write_tables(tmp_path / "in", 2, 200)
+    with pytest.raises(DataError, match=r"0\.parquet, row 1: the column 'text' holds no text"):
+        predict_parts(model, Request(inputs, str(tmp_path / "out")), quiet, no_bar, cluster.score_parts)
+    done = len(list((tmp_path / "out").glob("*.parquet")))
+    lines = []
+    summary = predict_parts(model, Request(inputs, str(tmp_path / "out"), max_errors=1), lines.append, no_bar)
+    assert (summary.rows, summary.errors) == (399, 1)
+    assert lines == ([f"{tmp_path / 'out'}: {50 * done} rows are already scored"] if done else [])
 
 
 @pytest.mark.slow
