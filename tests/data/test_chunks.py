@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import re
 
 import fsspec
 import pyarrow
@@ -96,10 +97,24 @@ def test_words_and_surrogates_of_json_lines(reader, tmp_path):
     assert chunk.columns.to_pylist()[0] == {"tokens": '["a", "b"]', "x": "5"}
 
 
-def test_a_key_that_the_first_row_lacks_is_an_error(reader, tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b", "more": 1}\n')
-    with pytest.raises(DataError, match="row 2: the key 'more' is not in the first row"):
-        read_chunks(reader, tmp_path / "in.jsonl")
+@pytest.mark.parametrize(
+    ("name", "content", "faults"),
+    [
+        (
+            "in.jsonl",
+            '{"text"\n{"text": "a"}\n[1]\n{"text": "b", "more": 1}\n\n{"text": "c"}\n',
+            {0: "the line is not JSON", 2: "not a JSON object", 3: "the key 'more' is not in the first row"},
+        ),
+        ("in.csv", "id,text\n1,a\n2\n3,c\n", {1: "the number of fields is 1 instead of 2"}),
+    ],
+)
+def test_rows_that_cannot_be_read_have_faults(reader, tmp_path, name, content, faults):
+    (tmp_path / name).write_text(content)
+    (chunk,) = read_chunks(reader, tmp_path / name, rows=10, faults=5)
+    assert [row for row, _ in chunk.faults] == list(faults)
+    for (_, reason), expected in zip(chunk.faults, faults.values(), strict=True):
+        assert re.search(expected, reason)
+    assert [text for text in chunk.texts if text] == ["a", "c"]
 
 
 def test_a_file_of_json_lines_without_a_line_has_the_columns_of_the_first_file(reader, tmp_path):

@@ -14,7 +14,16 @@ import pyarrow
 from toolchain.data.columnar import HINT
 from toolchain.data.columnar_worker import BATCH_BYTES, ArrowStream, ParquetFile, find_long_row
 from toolchain.data.files import SURROGATE, text_of
-from toolchain.data.tables import FORMATS, LONG_ROW_HINT, RowLines, Table, convert_read_errors, kind_of, open_text
+from toolchain.data.tables import (
+    FORMATS,
+    LONG_ROW_HINT,
+    RowFault,
+    RowLines,
+    Table,
+    convert_read_errors,
+    kind_of,
+    open_text,
+)
 from toolchain.errors import DataError, first_line
 from toolchain.system.serving import limit_memory, serve
 
@@ -58,7 +67,7 @@ class Worker:
 
     def open(self, file: str) -> dict[str, Any]:
         """Opens a file and returns its ``columns``: the name and the type of each column."""
-        self._table = Table(file, has_fixed_keys=True)
+        self._table = Table(file)
         self._is_columnar = kind_of(file) in COLUMNAR
         with self._convert_errors():
             if self._is_columnar:
@@ -183,18 +192,21 @@ class Worker:
 
     def _text_rows(self) -> Iterator[_Rows]:
         has_columns = kind_of(self._table.file) in FORMATS
-        rows = self._table.read(lambda _: self._columns) if has_columns else self._lines()
+        rows = self._table.read_text(lambda _: self._columns, fixed_keys=True) if has_columns else self._lines()
         chosen = [self._columns.index(name) for name in self._names]
         cells: list[list[str | None]] = []
         values: list[Sequence[Any] | str] = []
         size = 0
         for row in rows:
-            converted = [_text_value(value) for value in row]
+            if isinstance(row, RowFault):
+                converted: list[str | None] = [None] * len(self._columns)
+                values.append(row.cause)
+            else:
+                converted = [_text_value(value) for value in row]
+                values.append([row[index] for index in chosen])
             if any(value and SURROGATE.search(value) for value in converted):
                 converted = [None] * len(converted)
-                values.append("a value has half of a surrogate pair")
-            else:
-                values.append([row[index] for index in chosen])
+                values[-1] = "a value has half of a surrogate pair"
             cells.append(converted)
             size += sum(len(value) for value in converted if value)
             if len(cells) == BATCH_ROWS or size >= BATCH_BYTES:
@@ -224,7 +236,9 @@ class Worker:
             names.extend(header)
             return names
 
-        next(self._table.read(choose), None)
+        for _ in self._table.read_text(choose):
+            if names:
+                break
         return names
 
     def _long_row_error(self, number: int) -> DataError:

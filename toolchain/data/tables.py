@@ -33,19 +33,29 @@ ChooseColumns = Callable[[Header], Sequence[str]]
 
 
 @dataclass(frozen=True)
+class RowFault:
+    """A row that cannot be read.
+
+    Attributes:
+        number: Number of the row, from 1.
+        cause: Description of the fault.
+        hint: Advice to the user.
+    """
+
+    number: int
+    cause: str
+    hint: str = "Correct the row."
+
+
+@dataclass(frozen=True)
 class Table:
     """A file or folder with columns.
 
     The ending of a file says whether it is CSV, TSV, JSON lines (each also compressed) or Parquet.
     `folders.list_files` lists the files of a folder.
-
-    Attributes:
-        file: Name of the file or folder.
-        has_fixed_keys: Whether a row of JSON lines with a key that the first row lacks is an error.
     """
 
     file: str
-    has_fixed_keys: bool = False
 
     def read(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
         """Yields the chosen columns of each row in order, with None for a missing value.
@@ -73,10 +83,25 @@ class Table:
         if kind == ".parquet":
             yield from columnar.read_rows([self.file], choose, MAX_ROW_SIZE)
             return
-        with convert_read_errors(self.file):
-            yield from self._jsonl(choose) if kind == ".jsonl" else self._csv(choose)
+        for row in self.read_text(choose):
+            if isinstance(row, RowFault):
+                raise self.row_error(row.number, row.cause, row.hint)
+            yield row
 
-    def _csv(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
+    def read_text(self, choose: ChooseColumns, *, fixed_keys: bool = False) -> Iterator[tuple[Any, ...] | RowFault]:
+        """Yields the chosen columns of each row of a text file in order, and the fault of each row that cannot be read.
+
+        Args:
+            choose: Function that takes the columns of the file, and returns the columns to read.
+            fixed_keys: Whether a row of JSON lines with a key that the first row lacks has a fault.
+
+        Raises:
+            DataError: As in `read`, except for a faulty row whose end is known.
+        """
+        with convert_read_errors(self.file):
+            yield from self._jsonl(choose, fixed_keys) if kind_of(self.file) == ".jsonl" else self._csv(choose)
+
+    def _csv(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...] | RowFault]:
         csv.field_size_limit(MAX_ROW_SIZE)  # Python's default limit for the length of a CSV field is 131,072
         # The TSV format of IANA and GLUE has no quoting. If the reader interpreted quotes, an unpaired quote
         # would join several rows.
@@ -95,8 +120,9 @@ class Table:
                         continue
                     if len(row) != len(header):
                         fault = f"the number of fields is {len(row)} instead of {len(header)}"
-                        raise self.row_error(number, fault, "Quote texts that contain commas or line breaks.")
-                    yield tuple(row[i] for i in indices)
+                        yield RowFault(number, fault, "Quote texts that contain commas or line breaks.")
+                    else:
+                        yield tuple(row[i] for i in indices)
             except csv.Error as error:
                 raise DataError(
                     f"{self.file}, line {rows.line_num}: {error}.", "Quote texts that contain commas."
@@ -111,7 +137,7 @@ class Table:
             )
         return header.index(name)
 
-    def _jsonl(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
+    def _jsonl(self, choose: ChooseColumns, fixed_keys: bool) -> Iterator[tuple[Any, ...] | RowFault]:
         names: Sequence[str] | None = None
         with open_text(self.file, "utf-8", "\n") as stream:
             lines = RowLines(stream, self.file)
@@ -122,14 +148,16 @@ class Table:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise self.row_error(number, f"the line is not JSON ({error})") from error
+                    yield RowFault(number, f"the line is not JSON ({error})")
+                    continue
                 if not isinstance(row, dict):
-                    raise self.row_error(number, "the line is not a JSON object")
+                    yield RowFault(number, "the line is not a JSON object")
+                    continue
                 names = choose(Header(row)) if names is None else names
-                if self.has_fixed_keys and (extra := row.keys() - set(names)):
-                    fault = f"the key {min(extra)!r} is not in the first row"
-                    raise self.row_error(number, fault, "Give every row the keys of the first row.")
-                yield tuple(row.get(name) for name in names)
+                if fixed_keys and (extra := row.keys() - set(names)):
+                    yield RowFault(number, f"the key {min(extra)!r} is not in the first row")
+                else:
+                    yield tuple(row.get(name) for name in names)
 
     def row_error(self, number: int, fault: str, hint: str = "Correct the row.") -> DataError:
         """Returns an error about one row of the file.
