@@ -313,7 +313,7 @@ def _live_nodes(versions: Mapping[str, str]) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _translate_errors() -> Iterator[None]:
     """Re-raises a `ToolchainError` of another machine unchanged, and Ray's own errors as `ClusterError`."""
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
     try:
         yield
@@ -323,6 +323,12 @@ def _translate_errors() -> Iterator[None]:
             # A RayTaskError is also an instance of the class of the error that it wraps.
             if isinstance(cause, ToolchainError) and not isinstance(cause, RayTaskError):
                 raise cause from None
+            if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+                raise ClusterError(
+                    "A machine of the cluster has no space left for Ray's object store.",
+                    "Free disk space there, or start its node with a larger --object-store-memory. Then run the same "
+                    "command again.",
+                ) from error
             cause = cause.cause if isinstance(cause, RayTaskError) else cause.__cause__
         if not isinstance(error, RayError):
             raise

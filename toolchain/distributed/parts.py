@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 READ_TASKS = 2  # largest number of tasks for each node that read input files at the same time
-RETRIES = 5  # how often Ray repeats the reading of a file, or the scoring of a chunk, after the death of a process
+# How often Ray starts an actor again, or repeats the reading of a file, after the death of a process. The number of
+# repetitions of a chunk has no limit of its own: while a node is lost, each call of its actors fails at once.
+RESTARTS = 10
 
 
 def to_rest(fields: Mapping[str, Any]) -> Rest:
@@ -125,7 +127,7 @@ def score_parts(
     is_local = any(rest.file.url is None for rest in rests)
     this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()} if is_local else None
     if job.columns is None:
-        task = ray.remote(_first_columns).options(num_cpus=0, label_selector=this_node, max_retries=RETRIES)
+        task = ray.remote(_first_columns).options(num_cpus=0, label_selector=this_node, max_retries=RESTARTS)
         job = replace(job, columns=ray.get(task.remote(rests[0].file, job)))
     count, threads = workers
     dataset = read_datasource(
@@ -134,7 +136,7 @@ def score_parts(
         num_cpus=0,
         concurrency=READ_TASKS * (1 if is_local else nodes),
         label_selector=this_node,
-        ray_remote_args={"max_retries": RETRIES},
+        ray_remote_args={"max_retries": RESTARTS},
     )
     records = dataset.map_batches(
         PartWriter,
@@ -143,7 +145,7 @@ def score_parts(
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=threads,
-        max_task_retries=RETRIES,
+        max_restarts=RESTARTS,
     )
     for batch in records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from batch["record"].to_pylist()
