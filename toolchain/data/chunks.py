@@ -139,7 +139,8 @@ def open_reader() -> Iterator[ChunkReader]:
 
 def _require_same_columns(columns: Columns, name: str, first_columns: Columns, first_name: str) -> None:
     """Raises `DataError` if two files differ in the names or types of their columns; the order may differ."""
-    kinds, first_kinds = dict(map(tuple, columns)), dict(map(tuple, first_columns))
+    kinds = {column[0]: column[1] for column in columns}
+    first_kinds = {column[0]: column[1] for column in first_columns}
     hint = "Save all input files with the same columns, or score them in several runs."
     for column, kind in first_kinds.items():
         if column not in kinds:

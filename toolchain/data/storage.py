@@ -19,8 +19,25 @@ COPY_BYTES = 1 << 22  # a file behind a URL is copied in blocks of this size
 # Kinds of URLs that pyarrow opens
 _ARROW = ("s3", "gs")
 # Facts with which file systems describe the content or the time of the last change, the most precise first.
-_VERSIONS = ("ETag", "etag", "md5Hash", "md5", "checksum", "oid", "blob_id", "mtime", "LastModified", "last_modified")
-_VERSIONS += ("modified", "updated", "created")
+_VERSIONS = (
+    "ETag", "etag", "md5Hash", "md5", "checksum", "oid", "blob_id",
+    "mtime", "LastModified", "modified", "updated", "created",
+)  # fmt: skip
+    [
+        "ETag",
+        "etag",
+        "md5Hash",
+        "md5",
+        "checksum",
+        "oid",
+        "blob_id",
+        "mtime",
+        "LastModified",
+        "modified",
+        "updated",
+        "created",
+    ]
+)
 
 
 def is_url(name: str) -> bool:

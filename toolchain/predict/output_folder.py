@@ -138,8 +138,11 @@ class OutputFolder:
     def __init__(self, location: str) -> None:
         self.name = storage.public_name(location)
         self.local = None if storage.is_url(location) else Path(os.path.abspath(storage.local_name(location)))
-        self._system, root = (None, "") if self.local else storage.open_file_system(location)
-        self._root = root.rstrip("/")
+        self._system: Any = None
+        self._root = ""
+        if self.local is None:
+            self._system, root = storage.open_file_system(location)
+            self._root = root.rstrip("/")
 
     def sizes(self) -> dict[str, int]:
         """Returns the number of bytes of each file, by relative name; ignores names that begin with a dot."""
