@@ -23,21 +23,6 @@ _VERSIONS = (
     "ETag", "etag", "md5Hash", "md5", "checksum", "oid", "blob_id",
     "mtime", "LastModified", "modified", "updated", "created",
 )  # fmt: skip
-    [
-        "ETag",
-        "etag",
-        "md5Hash",
-        "md5",
-        "checksum",
-        "oid",
-        "blob_id",
-        "mtime",
-        "LastModified",
-        "modified",
-        "updated",
-        "created",
-    ]
-)
 
 
 def is_url(name: str) -> bool:
