@@ -117,6 +117,14 @@ def test_rows_that_cannot_be_read_have_faults(reader, tmp_path, name, content, f
     assert [text for text in chunk.texts if text] == ["a", "c"]
 
 
+def test_rows_may_hold_pairs_of_texts(reader, tmp_path):
+    (tmp_path / "in.tsv").write_text("more\ttext\nb\ta\n")
+    (file,) = find_input_files([str(tmp_path / "in.tsv")])
+    reader.open(file, None, file.name, "text", "more")
+    chunk = reader.read(10, 0)
+    assert (chunk.texts, chunk.columns.column_names) == ([("a", "b")], ["more", "text"])
+
+
 def test_a_file_of_json_lines_without_a_line_has_the_columns_of_the_first_file(reader, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"")
     (chunk,) = read_chunks(reader, tmp_path / "in.jsonl", first_columns=[["id", "string"], ["text", "string"]])
