@@ -118,7 +118,7 @@ SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # A client's environment has no pip: the one of .venv installs into it, which takes seconds less for each environment.
 NEW = $(PYTHON) -m venv --without-pip $(CLIENTS)
 INTO = $(BIN)/pip --disable-pip-version-check -q --python $(CLIENTS)
-test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, servers, ARM, C)
+test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, servers, S3, ARM, C)
 	$(BIN)/python -c 'import sys, pathlib; from toolchain.ship.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
 		"$(EXPORTED)/.cache"
 	$(NEW)/python
@@ -140,6 +140,8 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(INTO)/kserve install --require-hashes -r $(FILES)/requirements_kserve.lock
 	$(NEW)/ray-serve
 	$(INTO)/ray-serve install --require-hashes -r $(FILES)/requirements_ray_serve.lock
+	$(NEW)/s3
+	$(INTO)/s3 install 'moto[server]==5.2.5'
 	$(NEW)/phone
 	$(INTO)/phone install onnxruntime==1.17.3 'numpy<2' tokenizers==0.22.2
 	tests/clients/arm_root.sh $(CLIENTS)/arm $(BIN)/pip

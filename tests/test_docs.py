@@ -41,6 +41,7 @@ NOT_RUN = {
     "ray start --head                                          # on one machine; it prints ADDR": RAY,
     "ray start --address ADDR                                  # on the others": RAY,
     "toolchain predict onnx-int8 reviews.csv --output scored.parquet --engine ray --address auto": RAY,
+    "toolchain predict onnx-int8 s3://bucket/reviews/ --output s3://bucket/scored/ --engine ray --address auto": RAY,
     "toolchain bench --quick --engine ray --address auto": RAY,
     "toolchain compare new.json --against old.json --max-regression 5%": "tests/compare/test_limits.py runs it",
     "toolchain prune --max-drop 1.0": "takes minutes; tests/pruning/ tests the search",

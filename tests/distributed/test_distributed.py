@@ -20,6 +20,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import run_toolchain
 
@@ -31,9 +33,12 @@ from toolchain.bench import run, scenarios
 from toolchain.bench.scenarios import Protocol
 from toolchain.data import inputs
 from toolchain.data.files import Texts
-from toolchain.distributed import Cluster, Node, benching, connect, remote
+from toolchain.distributed import Cluster, Node, benching, connect, driver, remote
+from toolchain.distributed import parts as distributed_parts
 from toolchain.errors import ClusterError, DataError, TamperedError
-from toolchain.predict import load_folder_model, load_variant_model, predict
+from toolchain.predict import load_folder_model, load_variant_model, parts, predict
+from toolchain.predict.chunk_scoring import Job
+from toolchain.predict.parts import Request, predict_parts
 from toolchain.progress import no_bar
 from toolchain.results.result_file import ResultFile
 
@@ -152,6 +157,106 @@ def test_a_killed_worker_does_not_change_the_output(model, cluster, small_window
     predict(model, texts, tmp_path / "out.csv", quiet, no_bar, score_and_kill)
     assert not victims[0].is_running()
     assert (tmp_path / "out.csv").read_bytes() == score_here(model, texts, tmp_path / "alone.csv")
+
+
+def write_tables(folder, files, rows):
+    """Writes CSV files with a row whose text is missing in the first file; returns their names."""
+    folder.mkdir()
+    names = []
+    for number in range(files):
+        table = pyarrow.table({"id": range(rows), "text": [f"film {number} " + "long " * (i % 7) for i in range(rows)]})
+        if not number:
+            table = table.set_column(1, "text", pyarrow.array([None, *table["text"].to_pylist()[1:]]))
+        names.append(str(folder / f"{number}.parquet"))
+        pyarrow.parquet.write_table(table, names[-1])
+    return names
+
+
+def read_folder(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_cluster_writes_the_same_parts_even_if_a_worker_is_killed(model, cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "CHUNK_ROWS", 50)
+    inputs = write_tables(tmp_path / "in", 3, 1000)
+    expected = predict_parts(model, Request(inputs, str(tmp_path / "alone"), max_errors=1), quiet, no_bar)
+    victims = []
+
+    def score_and_kill(*arguments):
+        for record in cluster.score_parts(*arguments):
+            if not victims:
+                victims.append(processes_with("ray::MapWorker(MapBatches(PartWriter)")[0])
+                victims[0].kill()
+            yield record
+
+    request = Request(inputs, str(tmp_path / "out"), max_errors=1)
+    assert predict_parts(model, request, quiet, no_bar, score_and_kill) == expected
+    assert not victims[0].is_running()
+    assert (expected.rows, expected.errors) == (2999, 1)
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_removed_node_does_not_change_the_parts(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "CHUNK_ROWS", 50)
+    inputs = write_tables(tmp_path / "in", 2, 1000)
+    expected = predict_parts(model, Request(inputs, str(tmp_path / "alone"), max_errors=1), quiet, no_bar)
+    nodes = start_cluster()
+    removed = []
+
+    def score_and_remove(*arguments):
+        for record in cluster.score_parts(*arguments):
+            if not removed:
+                removed.append(next(iter(nodes.worker_nodes)))
+                nodes.remove_node(removed[0], allow_graceful=False)
+            yield record
+
+    try:
+        with connect(nodes.address, quiet) as cluster:
+            request = Request(inputs, str(tmp_path / "out"), max_errors=1)
+            assert predict_parts(model, request, quiet, no_bar, score_and_remove) == expected
+    finally:
+        kill_cluster(nodes)
+    assert removed
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "alone")
+
+
+def test_a_worker_imports_no_training_library(model):
+    code = (
+        "import sys, pathlib, toolchain.distributed.parts\n"
+        "from toolchain.predict import load_folder_model, load_model\n"
+        "load_model(load_folder_model(pathlib.Path(sys.argv[1]), print), 1)\n"
+        "print(*{'torch', 'transformers', 'datasets', 'pandas', 'sklearn', 'scipy'} & set(sys.modules))"
+    )
+    completed = subprocess.run([sys.executable, "-c", code, model.folder], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == ""
+
+
+def test_a_full_object_store_gives_an_error_with_a_hint():
+    with pytest.raises(ClusterError, match="no space left for Ray's object store") as error, driver._translate_errors():
+        raise ray.exceptions.ObjectStoreFullError("full")
+    assert "--object-store-memory" in error.value.hint
+
+
+def test_a_node_that_does_not_see_the_output_folder_is_refused(tmp_path):
+    job = Job("run", str(tmp_path / "out"), [], None, None, 1, 0, "a.csv", None)
+    with pytest.raises(ClusterError, match="does not see the output folder") as error:
+        distributed_parts._require_output(job)
+    assert "all nodes share" in error.value.hint
+
+
+@pytest.mark.slow
+def test_a_local_run_can_continue_a_folder_of_a_cluster(model, cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "CHUNK_ROWS", 50)
+    inputs = write_tables(tmp_path / "in", 2, 200)
+    with pytest.raises(DataError, match=r"0\.parquet, row 1: the column 'text' holds no text"):
+        predict_parts(model, Request(inputs, str(tmp_path / "out")), quiet, no_bar, cluster.score_parts)
+    done = len(list((tmp_path / "out").glob("*.parquet")))
+    lines = []
+    summary = predict_parts(model, Request(inputs, str(tmp_path / "out"), max_errors=1), lines.append, no_bar)
+    assert (summary.rows, summary.errors) == (399, 1)
+    assert lines == ([f"{tmp_path / 'out'}: {50 * done} rows are already scored"] if done else [])
 
 
 @pytest.mark.slow

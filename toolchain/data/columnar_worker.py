@@ -32,12 +32,15 @@ class _File(Protocol):
         """Yields the rows of some columns, as valid record batches of pyarrow with few rows."""
 
 
-class _ParquetFile:
+class ParquetFile:
+    """An open Parquet file; see `_File`."""
+
     def __init__(self, file: str) -> None:
         self._parquet = pyarrow.parquet.ParquetFile(file, buffer_size=BATCH_BYTES)
         self.schema = self._parquet.schema_arrow
 
     def batches(self, names: Sequence[str]) -> Iterator[Any]:
+        """Yields the rows of some columns; see `_File`."""
         for batch in self._parquet.iter_batches(self._batch_rows(names), columns=names, use_threads=False):
             batch.validate(full=True)
             yield batch
@@ -53,7 +56,9 @@ class _ParquetFile:
         return _row_count(most_bytes)
 
 
-class _ArrowStream:
+class ArrowStream:
+    """An open Arrow stream with its end; see `_File`."""
+
     def __init__(self, file: str) -> None:
         self._file = file
         with open(file, "rb") as stream:
@@ -64,6 +69,7 @@ class _ArrowStream:
             self.schema = reader.schema
 
     def batches(self, names: Sequence[str]) -> Iterator[Any]:
+        """Yields the rows of some columns; see `_File`."""
         options = pyarrow.ipc.IpcReadOptions(included_fields=[self.schema.names.index(n) for n in names])
         with (
             pyarrow.memory_map(self._file) as source,
@@ -97,7 +103,7 @@ class Worker:
         """Opens a file and returns its ``columns``, and the ``classes`` of columns with class names."""
         self._table = Table(file)
         with self._convert_errors():
-            self._file: _File = _ParquetFile(file) if kind_of(file) == ".parquet" else _ArrowStream(file)
+            self._file: _File = ParquetFile(file) if kind_of(file) == ".parquet" else ArrowStream(file)
             self._classes = _class_names(self._file.schema, file)
         columns = self._file.schema.names
         if self._first and set(columns) != self._columns:
@@ -164,12 +170,9 @@ class Worker:
 
     def _require_short_rows(self, batch: Any, count: int) -> None:
         """Raises `DataError` if a row of the batch is too long; `count` rows precede the batch."""
-        if batch.nbytes <= self._row_bytes:
-            return
-        for index in range(batch.num_rows):
-            row = batch.slice(index, 1)
-            if sum(map(_decoded_bytes, row.columns)) > self._row_bytes:
-                raise self._long_row_error(count + index + 1)
+        index = find_long_row(batch, self._row_bytes)
+        if index is not None:
+            raise self._long_row_error(count + index + 1)
 
     def _long_row_error(self, number: int) -> DataError:
         return self._table.row_error(number, f"the row has more than {self._row_bytes:,} bytes", LONG_ROW_HINT)
@@ -238,6 +241,14 @@ def _row_count(row_bytes: float) -> int:
 
 def _format_names(names: Sequence[str] | set[str]) -> str:
     return ", ".join(map(repr, sorted(names))) or "none"
+
+
+def find_long_row(batch: Any, row_bytes: int) -> int | None:
+    """Returns the index of the first row of a record batch with more than `row_bytes` bytes; None if there is none."""
+    if batch.nbytes <= row_bytes:
+        return None
+    sizes = (sum(map(_decoded_bytes, batch.slice(index, 1).columns)) for index in range(batch.num_rows))
+    return next((index for index, size in enumerate(sizes) if size > row_bytes), None)
 
 
 def _decoded_bytes(column: Any) -> int:

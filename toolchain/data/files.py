@@ -20,7 +20,7 @@ Text = str | tuple[str, str]
 TEXT_COLUMNS = ("sentence", "text", "tokens")
 WORD = re.compile(r"\S+")
 STDIN = "-"
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Tab
             value = " ".join(value)
         if not isinstance(value, str):
             raise table.row_error(number, f"the column {name!r} holds no text")
-        if _SURROGATE.search(value):
+        if SURROGATE.search(value):
             raise table.row_error(number, f"the text in the column {name!r} has half of a surrogate pair")
         texts.append(value)
     return texts[0] if len(texts) == 1 else (texts[0], texts[1])

@@ -73,7 +73,7 @@ def choose_split(folder: Path, split: str | None, default_split: str) -> Path:
         raise DataError(
             f"{folder} has no split {name!r}. Its splits: {', '.join(splits)}.", "Choose a split with --split."
         )
-    return _inside(folder, name)
+    return inside(folder, name)
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -95,7 +95,7 @@ def list_files(folder: Path) -> list[Path]:
             raise DataError(f"{folder / STATE} names {wrong[0]}, which is no Arrow stream.", _SAVE_HINT)
     else:
         names = _parquet_names(folder)
-    return [_inside(folder, name) for name in names]
+    return [inside(folder, name) for name in names]
 
 
 def digest(path: Path) -> str:
@@ -140,7 +140,7 @@ def _parquet_names(folder: Path) -> list[str]:
     return names
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """Returns the path of an entry of the folder; refuses a link that leads out of the folder."""
     path = folder / name
     if not path.exists():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
+import io
 import json
 import shlex
 import zlib
@@ -19,6 +21,8 @@ from toolchain.errors import DataError
 
 # Endings of files with columns. An input file without an ending of `FORMATS` has plain lines, with one text per line.
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+# Further endings of compressed text files.
+COMPRESSIONS = (".gz", ".bz2", ".zst")
 # Largest size of a row: characters of a row in a text file, bytes of the chosen columns in Parquet and Arrow. `Table`
 # refuses a file with a longer row, because a row must fit into memory. A novel has about a million characters.
 MAX_ROW_SIZE = 1 << 24
@@ -29,11 +33,26 @@ ChooseColumns = Callable[[Header], Sequence[str]]
 
 
 @dataclass(frozen=True)
+class RowFault:
+    """A row that cannot be read.
+
+    Attributes:
+        number: Number of the row, from 1.
+        cause: Description of the fault.
+        hint: Advice to the user.
+    """
+
+    number: int
+    cause: str
+    hint: str = "Correct the row."
+
+
+@dataclass(frozen=True)
 class Table:
     """A file or folder with columns.
 
-    The ending of a file says whether it is CSV, TSV, JSON lines (each also gzipped) or Parquet. `folders.list_files`
-    lists the files of a folder.
+    The ending of a file says whether it is CSV, TSV, JSON lines (each also compressed) or Parquet.
+    `folders.list_files` lists the files of a folder.
     """
 
     file: str
@@ -64,10 +83,25 @@ class Table:
         if kind == ".parquet":
             yield from columnar.read_rows([self.file], choose, MAX_ROW_SIZE)
             return
-        with convert_read_errors(self.file):
-            yield from self._jsonl(choose) if kind == ".jsonl" else self._csv(choose)
+        for row in self.read_text(choose):
+            if isinstance(row, RowFault):
+                raise self.row_error(row.number, row.cause, row.hint)
+            yield row
 
-    def _csv(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
+    def read_text(self, choose: ChooseColumns, *, fixed_keys: bool = False) -> Iterator[tuple[Any, ...] | RowFault]:
+        """Yields the chosen columns of each row of a text file in order, and the fault of each row that cannot be read.
+
+        Args:
+            choose: Function that takes the columns of the file, and returns the columns to read.
+            fixed_keys: Whether a row of JSON lines with a key that the first row lacks has a fault.
+
+        Raises:
+            DataError: As in `read`, except for a faulty row whose end is known.
+        """
+        with convert_read_errors(self.file):
+            yield from self._jsonl(choose, fixed_keys) if kind_of(self.file) == ".jsonl" else self._csv(choose)
+
+    def _csv(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...] | RowFault]:
         csv.field_size_limit(MAX_ROW_SIZE)  # Python's default limit for the length of a CSV field is 131,072
         # The TSV format of IANA and GLUE has no quoting. If the reader interpreted quotes, an unpaired quote
         # would join several rows.
@@ -86,8 +120,9 @@ class Table:
                         continue
                     if len(row) != len(header):
                         fault = f"the number of fields is {len(row)} instead of {len(header)}"
-                        raise self.row_error(number, fault, "Quote texts that contain commas or line breaks.")
-                    yield tuple(row[i] for i in indices)
+                        yield RowFault(number, fault, "Quote texts that contain commas or line breaks.")
+                    else:
+                        yield tuple(row[i] for i in indices)
             except csv.Error as error:
                 raise DataError(
                     f"{self.file}, line {rows.line_num}: {error}.", "Quote texts that contain commas."
@@ -102,7 +137,7 @@ class Table:
             )
         return header.index(name)
 
-    def _jsonl(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
+    def _jsonl(self, choose: ChooseColumns, fixed_keys: bool) -> Iterator[tuple[Any, ...] | RowFault]:
         names: Sequence[str] | None = None
         with open_text(self.file, "utf-8", "\n") as stream:
             lines = RowLines(stream, self.file)
@@ -113,11 +148,16 @@ class Table:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise self.row_error(number, f"the line is not JSON ({error})") from error
+                    yield RowFault(number, f"the line is not JSON ({error})")
+                    continue
                 if not isinstance(row, dict):
-                    raise self.row_error(number, "the line is not a JSON object")
+                    yield RowFault(number, "the line is not a JSON object")
+                    continue
                 names = choose(Header(row)) if names is None else names
-                yield tuple(row.get(name) for name in names)
+                if fixed_keys and (extra := row.keys() - set(names)):
+                    yield RowFault(number, f"the key {min(extra)!r} is not in the first row")
+                else:
+                    yield tuple(row.get(name) for name in names)
 
     def row_error(self, number: int, fault: str, hint: str = "Correct the row.") -> DataError:
         """Returns an error about one row of the file.
@@ -164,14 +204,14 @@ def has_columns(file: str) -> bool:
 
 
 def kind_of(file: str) -> str:
-    """Returns the file's ending in lower case, without ``.gz``, such as ``.csv``."""
-    name = file.lower()
-    return Path(name.removesuffix(".gz")).suffix
+    """Returns the ending in lower case that states the format of a file, such as ``.csv`` for ``a.csv.gz``."""
+    path = Path(file.lower())
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 @contextmanager
 def convert_read_errors(file: str) -> Iterator[None]:
-    """Converts errors of the operating system, the UTF-8 decoder and gzip to `DataError`."""
+    """Converts errors of the operating system, the UTF-8 decoder and the decompressors to `DataError`."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -185,7 +225,15 @@ def convert_read_errors(file: str) -> Iterator[None]:
 
 
 def open_text(file: str, encoding: str, newline: str) -> IO[str]:
-    """Opens a text file, and decompresses it if its name ends in ``.gz``."""
-    if file.lower().endswith(".gz"):
+    """Opens a text file, and decompresses it if its name has an ending in `COMPRESSIONS`."""
+    ending = Path(file).suffix.lower()
+    if ending == ".zst":
+        import pyarrow
+
+        stream = pyarrow.CompressedInputStream(pyarrow.OSFile(file), "zstd")
+        return io.TextIOWrapper(stream, encoding=encoding, newline=newline)
+    if ending == ".bz2":
+        return bz2.open(file, "rt", encoding=encoding, newline=newline)
+    if ending == ".gz":
         return gzip.open(file, "rt", encoding=encoding, newline=newline)
     return open(file, encoding=encoding, newline=newline)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from toolchain.data.files import STDIN, Texts
 from toolchain.data.writing import Row
 from toolchain.errors import ClusterError
 from toolchain.predict import Model
+from toolchain.predict.chunk_scoring import Job, Rest
+from toolchain.predict.output_folder import PartRecord
 from toolchain.progress import Say
 from toolchain.system.child import Child
 from toolchain.system.extras import install_hint
@@ -94,6 +96,19 @@ class Cluster:
             self._say(f"nodes: {len(self.nodes)}, workers: {reply['workers']}, threads per worker: {reply['threads']}")
             while rows := self.ask("rows")["rows"]:
                 yield rows
+
+    def score_parts(self, model: Model, job: Job, rests: Sequence[Rest]) -> Iterator[PartRecord]:
+        """Scores input files on the cluster, and yields the record of each part; implements `parts.PartsEngine`."""
+        reply = self.ask(
+            "score_parts",
+            folder=str(model.folder),
+            files=model.files,
+            job=asdict(job),
+            rests=[asdict(rest) for rest in rests],
+        )
+        self._say(f"nodes: {len(self.nodes)}, workers: {reply['workers']}, threads per worker: {reply['threads']}")
+        while record := self.ask("record")["record"]:
+            yield PartRecord(**record)
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.data.files import Texts
-from toolchain.distributed import RESUME_HINT, remote
+from toolchain.distributed import RESUME_HINT, parts, remote
 from toolchain.distributed.remote import Scorer, StoredFiles
 from toolchain.errors import ClusterError, ToolchainError
 from toolchain.predict import split_windows
+from toolchain.predict.chunk_scoring import Job
 from toolchain.system import hardware
 from toolchain.system.serving import serve
 
@@ -40,6 +41,7 @@ class Driver:
             )
         self._nodes = nodes
         self._rows: Iterator[str] = iter(())
+        self._records: Iterator[str] = iter(())
         self._measuring: dict[Any, str] = {}
         self.ready = {"nodes": nodes}
 
@@ -62,6 +64,33 @@ class Driver:
         with _translate_errors():
             self._rows = _score_windows(workers, store_files(Path(folder), files), Texts(**texts), done, window)
         return dict(zip(("workers", "threads"), workers, strict=True))
+
+    def score_parts(
+        self, folder: str, files: Sequence[str], job: Mapping[str, Any], rests: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Starts to score input files and to write their parts; the method `record` returns the records of the parts.
+
+        Args:
+            folder: Folder of the model.
+            files: Paths of the model's files, relative to `folder`.
+            job: Output and settings, as the fields of a `Job` object.
+            rests: The input files, as the fields of `Rest` objects.
+
+        Returns:
+            The number of ``workers`` and the ``threads`` of each worker.
+        """
+        workers = self._count_workers()
+        with _translate_errors():
+            _prepare_ray_data()
+            stored_files = store_files(Path(folder), files)
+            inputs = [parts.to_rest(rest) for rest in rests]
+            self._records = parts.score_parts(workers, len(self._nodes), stored_files, Job(**job), inputs)
+        return dict(zip(("workers", "threads"), workers, strict=True))
+
+    def record(self) -> dict[str, Any]:
+        """Returns the ``record`` of the next finished part; None after the last one."""
+        with _translate_errors():
+            return {"record": json.loads(next(self._records, "null"))}
 
     def _count_workers(self) -> tuple[int, int]:
         """Returns the number of workers and of threads per worker; the smallest node has enough CPUs for one worker."""
@@ -150,11 +179,8 @@ def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, d
             metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
             return [ReadTask(lambda: _read_windows(texts, done, window), metadata)]
 
-    context = DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = context.print_on_execution_start = False
-    context.raise_original_map_exception = True
-    context.target_max_block_size = 1  # A block size limit of one byte keeps Ray from merging blocks.
+    _prepare_ray_data()
+    DataContext.get_current().execution_options.preserve_order = True
     count, threads = workers
     this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     dataset = read_datasource(Windows(), override_num_blocks=1, num_cpus=0, label_selector=this_node)
@@ -168,6 +194,15 @@ def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, d
     )
     for batch in scores.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from batch["rows"].to_pylist()
+
+
+def _prepare_ray_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    context.target_max_block_size = 1  # A block size limit of one byte keeps Ray from merging blocks.
 
 
 def _read_windows(texts: Texts, done: int, window: int) -> Iterator[Any]:
@@ -278,7 +313,7 @@ def _live_nodes(versions: Mapping[str, str]) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _translate_errors() -> Iterator[None]:
     """Re-raises a `ToolchainError` of another machine unchanged, and Ray's own errors as `ClusterError`."""
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
     try:
         yield
@@ -288,6 +323,12 @@ def _translate_errors() -> Iterator[None]:
             # A RayTaskError is also an instance of the class of the error that it wraps.
             if isinstance(cause, ToolchainError) and not isinstance(cause, RayTaskError):
                 raise cause from None
+            if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+                raise ClusterError(
+                    "A machine of the cluster has no space left for Ray's object store.",
+                    "Free disk space there, or start its node with a larger --object-store-memory. Then run the same "
+                    "command again.",
+                ) from error
             cause = cause.cause if isinstance(cause, RayTaskError) else cause.__cause__
         if not isinstance(error, RayError):
             raise

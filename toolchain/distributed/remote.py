@@ -70,12 +70,21 @@ def _process_space() -> str:
     return hashlib.sha256(f"{platform.node()} {number}".encode()).hexdigest()[:8]
 
 
+def load_stored_model(files: StoredFiles, threads: int) -> tuple[Model, LoadedModel]:
+    """Loads a model from the object store with `threads` threads.
+
+    The function writes the model's files to this machine, checks their digests, loads the model and deletes the files.
+    """
+    os.environ.update(process.environment(threads))
+    with scratch() as folder:
+        unpack(files, folder)
+        model = load_folder_model(folder, lambda line: None)
+        return model, load_model(model, threads)
+
+
 @dataclass
 class Scorer:
-    """An actor that loads the model once and scores windows, which are lists of consecutive texts.
-
-    On its first call, the actor writes the model's files to this machine, checks their digests, loads the model and
-    deletes the files.
+    """An actor that loads the model on its first call and scores windows, which are lists of consecutive texts.
 
     Attributes:
         files: The model's files in the object store.
@@ -90,11 +99,7 @@ class Scorer:
 
     @functools.cached_property
     def _loaded_model(self) -> tuple[Model, LoadedModel]:
-        os.environ.update(process.environment(self.threads))
-        with scratch() as folder:
-            unpack(self.files, folder)
-            model = load_folder_model(folder, lambda line: None)
-            return model, load_model(model, self.threads)
+        return load_stored_model(self.files, self.threads)
 
     def __call__(self, windows: pyarrow.Table) -> pyarrow.Table:
         """Scores windows, which are lists of consecutive texts, and returns the predictions for these texts.

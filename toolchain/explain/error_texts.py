@@ -104,6 +104,7 @@ TEXTS: dict[type[ToolchainError], ErrorText] = {
         "Texts or labels cannot be used: they are missing, unreadable, or do not fit the model.",
         (
             "The file or folder does not exist, or has a format that the toolchain does not read.",
+            "The storage behind a URL does not exist, or refuses the credentials.",
             "The data lacks the column of texts or labels, or the columns have other names.",
             "A label does not occur in the model, or a row has no label.",
             "The model has other labels than the embedded SST-2, and the command names no data.",

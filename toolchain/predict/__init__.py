@@ -77,11 +77,16 @@ class Model:
         For regression, the column ``score`` follows the texts; for token classification, the column ``entities``.
         """
         text_columns = ["text", "text_pair"] if takes_texts.pair else ["text"]
+        return [*text_columns, *self.answer_columns]
+
+    @property
+    def answer_columns(self) -> list[str]:
+        """Returns the column names of the predictions without the texts."""
         if self.label_set.task == REGRESSION:
-            return [*text_columns, "score"]
+            return ["score"]
         if self.label_set.task == TOKENS:
-            return [*text_columns, "entities"]
-        return [*text_columns, "prediction", *(f"score_{label}" for label in self.labels)]
+            return ["entities"]
+        return ["prediction", *(f"score_{label}" for label in self.labels)]
 
     @property
     def label_set(self) -> LabelSet:
@@ -388,13 +393,13 @@ def score_window(loaded_model: LoadedModel, model: Model, texts: Texts, window_t
     """Returns the rows of the predictions for the texts of one window, in order."""
     columns = model.columns(texts)
     return [
-        dict(zip(columns, [*_texts_of(each.text), *_values(model.label_set, each)], strict=True))
+        dict(zip(columns, [*_texts_of(each.text), *answer_values(model.label_set, each)], strict=True))
         for each in predict_texts(loaded_model, model.label_set, window_texts)
     ]
 
 
-def _values(label_set: LabelSet, prediction: Prediction) -> list[Any]:
-    """Returns the values of a prediction's columns: label and probabilities, score, or entities."""
+def answer_values(label_set: LabelSet, prediction: Prediction) -> list[Any]:
+    """Returns the values of `Model.answer_columns`: label and probabilities, score, or entities."""
     if label_set.task == TOKENS:
         return [prediction.entities]
     if prediction.score is not None:
