@@ -148,7 +148,7 @@ def test_a_request_can_choose_outputs(port):
         (INFER, {"inputs": [{**TENSOR, "datatype": "INT64", "data": [1]}]}, 400, "'INT64' instead of 'BYTES'"),
         (INFER, {"inputs": [{**TENSOR, "shape": [1]}]}, 400, r"has the shape \[1\], but its data has \[1, 1\]"),
         (INFER, {"inputs": [{**TENSOR, "shape": [2, 1]}]}, 400, r"has the shape \[2, 1\]"),
-        (INFER, {"inputs": [{**TENSOR, "data": [1]}]}, 400, "value that is no text"),
+        (INFER, {"inputs": [{**TENSOR, "data": [1]}]}, 400, "value that is not text"),
         (INFER, {"inputs": [{**TENSOR, "data": ["\ud800"]}]}, 400, "half of a surrogate pair"),
         (INFER, {"inputs": [{**TENSOR, "data": "a film"}]}, 400, "inputs.0.data: Input should be a valid list"),
         (INFER, request(), 400, "has 0 texts instead of 1 to 32"),

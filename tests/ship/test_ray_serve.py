@@ -189,24 +189,24 @@ def test_a_request_can_choose_outputs_and_has_its_id(port):
         (INFER, {"inputs": [{**TENSOR, "datatype": "INT64", "data": [1]}]}, 400, "'INT64' instead of 'BYTES'"),
         (INFER, {"inputs": [{**TENSOR, "shape": [2]}]}, 400, r"has the shape \[2\], but its data has \[1, 1\]"),
         (INFER, {"inputs": [{**TENSOR, "shape": [2, 1]}]}, 400, r"has the shape \[2, 1\]"),
-        (INFER, {"inputs": [{**TENSOR, "data": [1]}]}, 400, "value that is no text"),
-        (INFER, {"inputs": [{**TENSOR, "data": [None]}]}, 400, "value that is no text"),
+        (INFER, {"inputs": [{**TENSOR, "data": [1]}]}, 400, "value that is not text"),
+        (INFER, {"inputs": [{**TENSOR, "data": [None]}]}, 400, "value that is not text"),
         (INFER, {"inputs": [{**TENSOR, "data": ["\ud800"]}]}, 400, "half of a surrogate pair"),
-        (INFER, {"inputs": [{**TENSOR, "data": "a film"}]}, 400, "data is no list"),
+        (INFER, {"inputs": [{**TENSOR, "data": "a film"}]}, 400, "data is not a list"),
         (INFER, {"inputs": "text"}, 400, "body has no inputs"),
         (INFER, {"inputs": ["text"]}, 400, "body has no inputs"),
-        (INFER, {**request("a film"), "id": 7}, 400, "id is no text"),
-        (INFER, {**request("a film"), "outputs": "label"}, 400, "outputs are no list of objects"),
+        (INFER, {**request("a film"), "id": 7}, 400, "id is not text"),
+        (INFER, {**request("a film"), "outputs": "label"}, 400, "outputs are not a list of objects"),
         (INFER, {**request("a film"), "outputs": [{"name": "logits"}]}, 400, "has no output 'logits'"),
         (INFER, request(), 400, "has 0 texts instead of 1 to 32"),
         (INFER, request(*["a film"] * 33), 400, "has 33 texts instead of 1 to 32"),
         (INFER, request("a" * 65_537), 400, "has 65537 characters instead of at most 65536"),
         (INFER, {"instances": ["a film"]}, 400, "body has no inputs"),
         (INFER, [], 400, "no JSON object"),
-        (INFER, b"no JSON", 400, "body is no JSON"),
-        (INFER, b"[" * 100_000, 400, "body is no JSON"),
-        (INFER, b"\xff\xfe", 400, "body is no JSON"),
-        (INFER, b"", 400, "body is no JSON"),
+        (INFER, b"no JSON", 400, "body is not JSON"),
+        (INFER, b"[" * 100_000, 400, "body is not JSON"),
+        (INFER, b"\xff\xfe", 400, "body is not JSON"),
+        (INFER, b"", 400, "body is not JSON"),
         (INFER, b" " * (MAX_BODY_BYTES + 1), 413, "more than 1048576 bytes"),
         (INFER, b" " * (16 * MAX_BODY_BYTES), 413, "more than 1048576 bytes"),
     ],
@@ -356,7 +356,7 @@ def test_requests_that_wait_form_batches_and_faults_are_noticed(bundle):
     (*settings, health), outcomes = run_app("check", bundle)
     assert len(settings) == 4
     assert all("Set only max_batch_size, from 1 to 1024." in each for each in settings)
-    assert health == "The model onnx-int8 returns a score that is no number."
+    assert health == "The model onnx-int8 returns a score that is not a number."
     assert outcomes["merged"] == {
         "answers": [[5], [1], [2, 3], [4, 1], [1], [4]],
         "batches": [["first"], ["a", "bb", "ccc"], ["dddd", "e", "f"], ["last"]],

@@ -27,7 +27,7 @@ def read_trace(file: str, column: str | None = None) -> np.ndarray:
         column: Name of the column; None for the only column, or for one of `NAMES`.
 
     Raises:
-        DataError: The file cannot be read, has too few or too many arrivals, or has a time that is no time or that is
+        DataError: The file cannot be read, has too few or too many arrivals, or has a time that is not a number or is
             earlier than the time before it.
     """
     import numpy as np

@@ -100,7 +100,7 @@ def _measured_variants(file: Path | None) -> list[str]:
         rows = json.loads(read_bytes(file)).get("rows", []) if file else []
         names = [row.get("variant") for row in rows if isinstance(row, dict)]
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return []  # the file is missing, or is no result file
+        return []  # the file is missing, or is not a result file
     return [name for name in names if isinstance(name, str) and is_variant(name)]
 
 

@@ -31,7 +31,7 @@ OTHER_HINT = "Choose another output folder, or move the existing one away."
 
 def _check_sha256(text: str) -> str:
     if len(text) != 64 or set(text) - set("0123456789abcdef"):
-        raise ValueError("the text is no sha256")
+        raise ValueError("the text is not a sha256")
     return text
 
 

@@ -154,8 +154,8 @@ def read_texts(request: kserve.InferRequest) -> list[str]:
     require(0 < len(texts) <= MAX_TEXTS, f"The request has {len(texts)} texts instead of 1 to {MAX_TEXTS}")
     shape = [len(texts), 1]
     require(tensor.shape == shape, f"The input has the shape {tensor.shape!r:.100}, but its data has {shape}")
-    require(all(isinstance(text, str) for text in texts), "The data has a value that is no text")
-    # JSON can state half of a surrogate pair, which is no character.
+    require(all(isinstance(text, str) for text in texts), "The data has a value that is not text")
+    # JSON can state half of a surrogate pair, which is not a character.
     is_text = all(text.isascii() or not re.search("[\ud800-\udfff]", text) for text in texts)
     require(is_text, "A text has half of a surrogate pair")
     return texts
@@ -222,7 +222,7 @@ async def _answer_wrong_body(request: Request, error: RequestValidationError) ->
     # KServe takes an `InferenceRequest` or bytes, so pydantic also reports that the body is not bytes.
     problem = next((each for each in error.errors() if "InferenceRequest" in each["loc"]), error.errors()[0])
     place = ".".join(map(str, problem["loc"][2:]))
-    cause = f"The body is no inference request: {place + ': ' if place else ''}{problem['msg']}"
+    cause = f"The body is not an inference request: {place + ': ' if place else ''}{problem['msg']}"
     return RequestError(400, cause[:300], _HINT).response()
 
 

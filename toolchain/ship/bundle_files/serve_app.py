@@ -144,7 +144,7 @@ class Model:
             raise RequestError(400, f"The model {self.name} has no output {unknown[0]!r:.100}", f"Request {known}")
         request_id = body.get("id")
         if not isinstance(request_id, str | None):
-            raise RequestError(400, "The id is no text", _HINT)
+            raise RequestError(400, "The id is not text", _HINT)
         scores = await self.queue.classify(texts)
         columns: dict[str, list[Any]] = {
             "label": [max(row, key=row.__getitem__) for row in scores],
@@ -182,15 +182,15 @@ def read_texts(body: Mapping[str, Any]) -> list[str]:
     require(names == ["text"], f"The request has the inputs {names!r:.100} instead of one input 'text'")
     datatype, shape, data = (tensors[0].get(key) for key in ("datatype", "shape", "data"))
     require(datatype == "BYTES", f"The input has the datatype {datatype!r:.40} instead of 'BYTES'")
-    require(isinstance(data, list), "The data is no list")
+    require(isinstance(data, list), "The data is not a list")
     texts = [item[0] if isinstance(item, list) and len(item) == 1 else item for item in data]
     count = len(texts)
     require(0 < count <= MAX_TEXTS, f"The request has {count} texts instead of 1 to {MAX_TEXTS}")
     require(shape in ([count, 1], [count]), f"The input has the shape {shape!r:.100}, but its data has {[count, 1]}")
-    require(all(isinstance(text, str) for text in texts), "The data has a value that is no text")
+    require(all(isinstance(text, str) for text in texts), "The data has a value that is not text")
     longest = max(map(len, texts))
     require(longest <= MAX_CHARACTERS, f"A text has {longest} characters instead of at most {MAX_CHARACTERS}")
-    # JSON can state half of a surrogate pair, which is no character.
+    # JSON can state half of a surrogate pair, which is not a character.
     is_text = all(text.isascii() or not re.search("[\ud800-\udfff]", text) for text in texts)
     require(is_text, "A text has half of a surrogate pair")
     return texts
@@ -200,7 +200,7 @@ def read_names(body: Mapping[str, Any]) -> list[Any]:
     """Returns the names of the outputs that a request chooses; an empty list if it chooses none."""
     outputs = body.get("outputs") or []
     if not isinstance(outputs, list) or not all(isinstance(each, dict) for each in outputs):
-        raise RequestError(400, "The outputs are no list of objects", _HINT)
+        raise RequestError(400, "The outputs are not a list of objects", _HINT)
     return [output.get("name") for output in outputs]
 
 
@@ -208,7 +208,7 @@ async def read_body(request: Request) -> dict[str, Any]:
     """Returns the JSON of a request.
 
     Raises:
-        RequestError: The body is too large, or no JSON object; or the request has binary tensors.
+        RequestError: The body is too large, or not a JSON object; or the request has binary tensors.
     """
     if BINARY_HEADER in request.headers:
         raise RequestError(400, "This server reads no binary tensors", _HINT)
@@ -220,9 +220,9 @@ async def read_body(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"The body is no JSON: {error!s:.100}", _HINT) from error
+        raise RequestError(400, f"The body is not JSON: {error!s:.100}", _HINT) from error
     if not isinstance(body, dict):
-        raise RequestError(400, "The body is no JSON object", _HINT)
+        raise RequestError(400, "The body is not a JSON object", _HINT)
     return body
 
 
@@ -240,7 +240,7 @@ def set_threads() -> None:
     """Sets TOOLCHAIN_THREADS, from which classify.py reads the number of threads, unless the user set it.
 
     Raises:
-        ValueError: The user set a value that is no number of threads.
+        ValueError: The user set a value that is not a number of threads.
     """
     if "TOOLCHAIN_THREADS" not in os.environ:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
@@ -291,7 +291,7 @@ class Server:
         for model in self._models.values():
             scores = await model.queue.run(["a film"])
             if not all(math.isfinite(value) for row in scores for value in row.values()):
-                raise RuntimeError(f"The model {model.name} returns a score that is no number.")
+                raise RuntimeError(f"The model {model.name} returns a score that is not a number.")
 
     async def __call__(self, request: Request) -> JSONResponse:
         """Answers one HTTP request."""
