@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import runpy
 import sys
@@ -13,8 +14,8 @@ from types import ModuleType
 
 from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.variants import is_variant
-from toolchain.capacity.outcome import choose_rows, plan_all
-from toolchain.capacity.rows import HOUR_S, RowsGoal, plan_rows
+from toolchain.capacity.outcome import Outcome, choose_rows, plan_all
+from toolchain.capacity.rows import HOUR_S, RowsGoal, RowsPlan, plan_rows
 from toolchain.capacity.text import rows_lines
 from toolchain.cli import cli
 from toolchain.compare.report.columns import EXIT_COLUMNS, Column, columns, host_name
@@ -22,6 +23,7 @@ from toolchain.compare.report.markdown import to_markdown
 from toolchain.compare.report.notes import notes
 from toolchain.compare.rows import Row, compare
 from toolchain.explain.error_texts import error_page
+from toolchain.predict.parts import CHUNK_ROWS
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
 
@@ -36,6 +38,9 @@ FEW = ("torch-fp32", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-pruned30-int8
 WIDTH = 120  # characters in a line of a command's output
 FEW_COLUMNS = ("accuracy", "p50", "throughput", "memory", "size")
 CLAIM_DROP = 1.0  # largest accuracy drop, in points, of the models that the README compares
+GOAL = RowsGoal(1e9, 6 * HOUR_S, 0.04)  # of the command on the page Plan capacity
+# Assumptions of the page A billion texts: bytes of a text and of its answer, rows of a file, and bytes of a gigabyte.
+TEXT_BYTES, ANSWER_BYTES, FILE_ROWS, GB = 100, 25, 1_000_000, 1e9
 MARKED = re.compile(r"(<!-- begin: (.+?) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 
@@ -59,6 +64,7 @@ def parts() -> dict[str, str]:
         "make bench, gpu": _bench(BENCH_GPU),
         "bench, server": _bench(BENCH_SERVER),
         "plan, rows": _rows_plan(),
+        "billion texts": _billion_texts(),
         "exits": _exits(),
         "exits, base": _half_exits(),
         "make help": _targets(),
@@ -101,12 +107,47 @@ def _bench(path: Path) -> str:
     return to_markdown(compare([ResultFile.read(path)])).strip()
 
 
+def _rows_outcome() -> tuple[ResultFile, Outcome[RowsPlan]]:
+    result = ResultFile.read(BENCH)
+    rows = choose_rows(result, ("onnx-int8",))
+    return result, plan_all(result, rows, lambda row, machines: plan_rows(row, machines, GOAL))
+
+
 def _rows_plan() -> str:
     """Returns the output of the command on the page Plan capacity."""
-    result, goal = ResultFile.read(BENCH), RowsGoal(1e9, 6 * HOUR_S, 0.04)
-    rows = choose_rows(result, ("onnx-int8",))
-    outcome = plan_all(result, rows, lambda row, machines: plan_rows(row, machines, goal))
-    return _text("\n".join(rows_lines(result, goal, outcome, WIDTH)))
+    result, outcome = _rows_outcome()
+    return _text("\n".join(rows_lines(result, GOAL, outcome, WIDTH)))
+
+
+def _billion_texts() -> str:
+    """Returns the table of the page A billion texts: quantities that follow from a plan and from assumptions."""
+    result, outcome = _rows_outcome()
+    plan, size = outcome.plans[0], next(row.size_bytes for row in result.rows if row.cell == outcome.plans[0].cell)
+    assert size is not None
+    seconds = plan.hours.value * HOUR_S
+    read, written = GOAL.rows * TEXT_BYTES, GOAL.rows * (TEXT_BYTES + ANSWER_BYTES)
+    parts_of_file = math.ceil(FILE_ROWS / CHUNK_ROWS)
+    chunk_s = CHUNK_ROWS / plan.rows_per_s.value
+    process_s = plan.processes * seconds
+    lines = [
+        ("bytes read", f"{read / GB:,.0f} GB", f"{read / seconds / 1e6:.1f} MB/s together"),
+        ("bytes written", f"{written / GB:,.0f} GB", f"{written / seconds / 1e6:.1f} MB/s together"),
+        ("bytes read by a process", f"{read / plan.processes / GB:.1f} GB", f"{read / process_s / 1e6:.2f} MB/s"),
+        (
+            "the model, sent to every process",
+            f"{plan.processes * size['total'] / GB:.1f} GB",
+            f"{plan.processes * size['total'] / read:.1%} of the bytes read",
+        ),
+        ("parts", f"{GOAL.rows / FILE_ROWS * parts_of_file:,.0f}", f"{parts_of_file} of each file"),
+        ("time for a chunk", f"{chunk_s:.0f} s", f"{chunk_s / seconds:.2%} of the whole time"),
+        ("lost with a worker", f"{chunk_s:.0f} s of a process", f"{chunk_s / process_s:.4%} of all process hours"),
+        (
+            "lost if all processes end at once",
+            f"{plan.processes * chunk_s / 60:.0f} process minutes",
+            f"{chunk_s / seconds:.2%} of all process hours",
+        ),
+    ]
+    return _table(["quantity", "amount", "in proportion"], lines)
 
 
 def _few_rows(path: Path) -> str:
