@@ -65,6 +65,7 @@ def parts() -> dict[str, str]:
         "bench, server": _bench(BENCH_SERVER),
         "plan, rows": _rows_plan(),
         "billion texts": _billion_texts(),
+        "capacity": _study("capacity"),
         "exits": _exits(),
         "exits, base": _half_exits(),
         "make help": _targets(),

@@ -60,6 +60,7 @@ NOT_RUN = {
         "needs a session file; tests/ship/test_session_settings.py makes one"
     ),
     "toolchain quantize --from onnx-pruned73-r4+fast": PRUNED,
+    "toolchain quantize --from onnx-pruned73-r4+narrow": PRUNED,
     "toolchain exits --from onnx-pruned73-r4-int8+fast": PRUNED,
     "toolchain tune --session onnx-int8 --output session.json": MINUTES,
     "toolchain tune --max-drop 1.0 --objective latency --budget 20m": MINUTES,
@@ -79,6 +80,7 @@ PLANNED = {
     "toolchain prune --ratio 0.5 --recover 1",
     "toolchain prune --ratio 0.65 --layers 4 --cost latency --recover 1 --name fast",
     "toolchain prune --ratio 0.73 --cost latency --layers 4 --recover 4 --exits --name fast",
+    "toolchain prune --ratio 0.73 --layers 4 --embedding-rank 128 --recover 4 --name narrow",
     "toolchain quantize --backend torch --scheme int8 --from torch-fp32 --from torch-pruned50",
     "toolchain quantize --embeddings int4 --name small",
     "toolchain quantize --from onnx-pruned50-r1",

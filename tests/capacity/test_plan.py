@@ -366,7 +366,7 @@ def test_a_result_without_the_samples_names_the_command_that_measures_them(say, 
     assert "`toolchain bench --variant onnx-fp32`" in err
     code, _, err = say("plan", tmp_path / "missing.json", "--rows", "5", "--within", "1h")
     assert code == 1
-    assert "There is not a result file" in err
+    assert "There is no result file" in err
 
 
 def test_a_result_without_batches_and_pauses_plans_single_queries(say, tmp_path):

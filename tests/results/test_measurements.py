@@ -206,7 +206,7 @@ def test_a_file_without_a_result_is_refused(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ResultFileError, match="is not a valid result file"):
         ResultFile.read(tmp_path / "r.json")
-    with pytest.raises(ResultFileError, match="There is not a result file"):
+    with pytest.raises(ResultFileError, match="There is no result file"):
         ResultFile.read(tmp_path / "missing.json")
 
 

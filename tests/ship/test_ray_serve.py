@@ -202,7 +202,7 @@ def test_a_request_can_choose_outputs_and_has_its_id(port):
         (INFER, request(*["a film"] * 33), 400, "has 33 texts instead of 1 to 32"),
         (INFER, request("a" * 65_537), 400, "has 65537 characters instead of at most 65536"),
         (INFER, {"instances": ["a film"]}, 400, "body has no inputs"),
-        (INFER, [], 400, "no JSON object"),
+        (INFER, [], 400, "not a JSON object"),
         (INFER, b"no JSON", 400, "body is not JSON"),
         (INFER, b"[" * 100_000, 400, "body is not JSON"),
         (INFER, b"\xff\xfe", 400, "body is not JSON"),

@@ -220,5 +220,5 @@ def read_result(*paths: str | Path, exported: str | Path = "exported") -> Result
         2
     """
     if not paths:
-        raise SettingsError("There is not a result file to read.", "Give the path of a file that `bench` saved.")
+        raise SettingsError("There is no result file to read.", "Give the path of a file that `bench` saved.")
     return Result([ResultFile.read(Path(path)) for path in paths], [Path(path) for path in paths], Path(exported))

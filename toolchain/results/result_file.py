@@ -103,7 +103,7 @@ class ResultFile:
             result.check()
         except FileNotFoundError as error:
             raise ResultFileError(
-                f"There is not a result file {path}.", "Measure with `toolchain bench`, which writes a result file."
+                f"There is no result file {path}.", "Measure with `toolchain bench`, which writes a result file."
             ) from error
         except (ValueError, OSError) as error:
             hint = "Delete or move the file, and measure again with `toolchain bench`."
