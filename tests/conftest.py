@@ -120,6 +120,15 @@ def make_checkpoint(
     return folder
 
 
+def write_short_rows(file: Path, count: int, labels: Sequence[int] = (0, 1)) -> Path:
+    """Writes rows of 3 to 11 simple words, whose labels repeat `labels`, to a CSV file; returns its path."""
+    words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
+    texts = (" ".join(words[(i * k) % 8] for k in range(1, 4 + i % 9)) for i in range(count))
+    rows = (f"{text},{labels[i % len(labels)]}" for i, text in enumerate(texts))
+    file.write_text("sentence,label\n" + "\n".join(rows) + "\n")
+    return file
+
+
 @pytest.fixture(scope="session", autouse=True)
 def working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Runs all tests in an empty folder, because `ship` and `compare` read result files of the working directory."""

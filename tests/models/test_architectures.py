@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import write_short_rows
 from exit_graphs import add_exits, expected_logits, make_head, open_model
 from tiny_architectures import ARCHITECTURES, PLAIN, POSITIONAL, PRUNABLE, TYPED, make
 
@@ -52,11 +53,7 @@ def quiet(*_):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """Writes training data of 60 short rows."""
-    file = tmp_path_factory.mktemp("train") / "train.csv"
-    words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
-    lines = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},{i % 2}" for i in range(60)]
-    file.write_text("sentence,label\n" + "\n".join(lines) + "\n")
-    return TrainingSource(str(file))
+    return TrainingSource(str(write_short_rows(tmp_path_factory.mktemp("train") / "train.csv", 60)))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import make_checkpoint
+from conftest import make_checkpoint, write_short_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -61,11 +61,7 @@ def logits_of(model, rows=ROWS, names=NAMES):
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory):
     """Training data of 60 rows."""
-    file = tmp_path_factory.mktemp("train") / "train.csv"
-    words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
-    rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},{i % 2}" for i in range(60)]
-    file.write_text("sentence,label\n" + "\n".join(rows) + "\n")
-    return TrainingSource(str(file))
+    return TrainingSource(str(write_short_rows(tmp_path_factory.mktemp("train") / "train.csv", 60)))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +140,7 @@ def test_the_stored_model_has_the_narrow_table_and_its_facts(workspace):
         {"before": TOKENS * WIDTH, "after": (TOKENS + WIDTH) * RANK + WIDTH},
     )
     assert sum(p.numel() for p in model.parameters()) == manifest.facts["parameters"]
-    assert "Word embeddings of rank 32 (2.0 → 1.0 million parameters)" in summarize_pruning(facts)
+    assert "Word embeddings of rank 32 have 1.0 million parameters instead of 2.0 million." in summarize_pruning(facts)
     assert workspace.load("onnx-pruned50-int8").manifest.facts["pruning"] == facts
 
 
@@ -358,7 +354,7 @@ def test_the_command_the_interface_and_a_recipe_build_the_same_variant(tiny, sen
     code, out, err = say("prune", "--ratio", "0.3", "--embedding-rank", "16", "--name", "narrow", *options)
     assert code == 0, err
     assert out.strip().endswith("torch-pruned30+narrow")
-    assert "Word embeddings of rank 16 (1.0 → 0.5 million parameters)" in err
+    assert "Word embeddings of rank 16 have 0.5 million parameters instead of 1.0 million." in err
     model = tc.open("tiny", exported=tiny.exported, train_data=sentences.file)
     built_id = tiny.load("torch-pruned30+narrow").manifest.id
     assert model.prune(0.3, embedding_rank=16, name="narrow").id == built_id

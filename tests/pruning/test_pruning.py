@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_checkpoint
+from conftest import make_checkpoint, write_short_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -62,11 +62,7 @@ def random_bert():
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory):
     """Writes training data of 60 rows for the tiny model."""
-    file = tmp_path_factory.mktemp("train") / "train.csv"
-    words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
-    rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},{i % 2}" for i in range(60)]
-    file.write_text("sentence,label\n" + "\n".join(rows) + "\n")
-    return TrainingSource(str(file))
+    return TrainingSource(str(write_short_rows(tmp_path_factory.mktemp("train") / "train.csv", 60)))
 
 
 @pytest.fixture

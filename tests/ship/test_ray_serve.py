@@ -226,7 +226,10 @@ def test_binary_tensors_are_refused(port):
 
 @contextmanager
 def ray_head(bundle, folder):
-    """Starts a Ray cluster of one machine with two CPUs; yields a function that runs `serve`, and one for its API."""
+    """Starts a Ray cluster on this machine, with two CPUs, and yields two functions.
+
+    The first function runs the command `serve`. The second function asks the cluster for the state of the application.
+    """
     gcs, dashboard, agent, client = (free_port() for _ in range(4))
     with tempfile.TemporaryDirectory(prefix="ray-") as temporary:
         environment = ray_environment(temporary, PYTHONPATH=str(bundle))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_short_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,10 +36,7 @@ RECIPE = Recipe(epochs=2, learning_rate=2e-3, batch_size=8)
 @pytest.fixture(scope="module")
 def task(built_tiny, tmp_path_factory):
     """Returns the tiny model as a teacher, training rows, held-out rows, the `Encoder`, and the file of all rows."""
-    file = tmp_path_factory.mktemp("train") / "train.csv"
-    words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
-    rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},{i % 2}" for i in range(120)]
-    file.write_text("sentence,label\n" + "\n".join(rows) + "\n")
+    file = write_short_rows(tmp_path_factory.mktemp("train") / "train.csv", 120)
     source = training_source(file)
     setup = shared_setup(built_tiny.load("torch-fp32"), source, 100, 20)
     data = source.load(LabelSet(("NEGATIVE", "POSITIVE")))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import make_checkpoint
+from conftest import make_checkpoint, write_short_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from short_bench import SHORT
@@ -454,10 +454,8 @@ def test_a_duration_needs_a_number_and_a_unit():
 def folder(tmp_path_factory):
     """A folder with a checkpoint and data, in which `tune` builds its artifacts."""
     folder = tmp_path_factory.mktemp("tune")
-    words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
-    rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},1" for i in range(120)]
     for name in ("train.csv", "validation.csv"):
-        (folder / name).write_text("sentence,label\n" + "\n".join(rows) + "\n")
+        write_short_rows(folder / name, 120, labels=(1,))
     data = inputs.load_embedded()
     lines = [f'"{text.replace(chr(34), "")}",{label}' for text, label in zip(data.texts, data.labels, strict=True)]
     (folder / "sentences.csv").write_text("sentence,label\n" + "\n".join(lines[:400]) + "\n")

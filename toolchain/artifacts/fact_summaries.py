@@ -74,9 +74,9 @@ def summarize_pruning(facts: Mapping[str, Any]) -> str:
         )
     before, after = (facts["encoder_parameters"][key] / 1e6 for key in ("before", "after"))
     return (
-        f"Pruning removed {facts['achieved']:.1%} of the encoder's linear parameters "
-        f"({before:.1f} → {after:.1f} million). Attention heads per layer: {' '.join(map(str, facts['heads']))}. "
-        f"FFN neurons per layer: {' '.join(map(str, facts['ffn']))}. "
+        f"Pruning removed {facts['achieved']:.1%} of the encoder's linear parameters, and kept {after:.1f} of "
+        f"{before:.1f} million. Attention heads left, from the first to the last layer: "
+        f"{', '.join(map(str, facts['heads']))}. FFN neurons left: {', '.join(map(str, facts['ffn']))}. "
         f"{_summarize_embedding(facts)}"
         f"Speed-up predicted from {facts['predicted_speedup']['by']}: {facts['predicted_speedup']['value']:.2f}×"
     )
@@ -86,7 +86,10 @@ def _summarize_embedding(facts: Mapping[str, Any]) -> str:
     if "embedding_parameters" not in facts:
         return ""
     before, after = (facts["embedding_parameters"][key] / 1e6 for key in ("before", "after"))
-    return f"Word embeddings of rank {facts['embedding_rank']} ({before:.1f} → {after:.1f} million parameters). "
+    return (
+        f"Word embeddings of rank {facts['embedding_rank']} have {after:.1f} million parameters instead of "
+        f"{before:.1f} million. "
+    )
 
 
 def summarize_recovery(facts: Mapping[str, Any]) -> str:

@@ -109,7 +109,7 @@ class CompiledGraphSession(CompiledSession):
 
     Raises:
         ProviderError: PyTorch finds no GPU, cannot compile the model, or cannot record the graphs.
-        ArtifactError: The folder has no readable manifest.
+        ArtifactError: The folder has no manifest, or the manifest cannot be read.
     """
 
     def __init__(self, folder: Path, place: Place) -> None:

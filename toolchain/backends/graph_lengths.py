@@ -35,7 +35,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Returns the manifest of the artifact in `folder`, which has the model's inputs and its largest length.
 
     Raises:
-        ArtifactError: The folder has no readable manifest.
+        ArtifactError: The folder has no manifest, or the manifest cannot be read.
     """
     artifact = store.load(folder)
     if artifact is None:

@@ -39,7 +39,7 @@ class OrtGraphSession(OrtSession):
 
     Raises:
         ProviderError: ONNX Runtime cannot record the model's graphs, for example because the model branches.
-        ArtifactError: The folder has no readable manifest.
+        ArtifactError: The folder has no manifest, or the manifest cannot be read.
     """
 
     def __init__(self, folder: Path, place: Place) -> None:

@@ -26,7 +26,7 @@ class TensorrtSession(OrtSession):
 
     Raises:
         ProviderError: TensorRT is not installed, or cannot build an engine of the whole graph.
-        ArtifactError: The folder has no readable manifest.
+        ArtifactError: The folder has no manifest, or the manifest cannot be read.
     """
 
     _start_hint = (

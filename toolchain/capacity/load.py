@@ -23,7 +23,7 @@ class Load:
 
     @classmethod
     def of_trace(cls, arrivals_s: np.ndarray, qps: float | None = None) -> Load:
-        """Returns the load of a trace.
+        """Returns a load whose queries arrive at the times of a trace.
 
         Args:
             arrivals_s: Times of arrival in seconds after the first one.

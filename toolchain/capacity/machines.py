@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from toolchain.errors import BenchError
 from toolchain.results.measurements import Measurement
+from toolchain.results.providers import is_on_gpu
 from toolchain.results.result_file import ResultFile
 
 
@@ -26,7 +27,7 @@ class Machines:
     @classmethod
     def of(cls, result: ResultFile, row: Measurement) -> Machines:
         """Returns the machine that measured a row."""
-        if row.provider != "cpu":
+        if is_on_gpu(row.provider):
             return cls("GPU", 1, len(result.machine["gpu"]))
         return cls("core", result.run.get("threads") or 1, result.machine["cores"])
 

@@ -101,7 +101,10 @@ def replica_lines(
 
 
 def replica_json(result: ResultFile, goal: QueryGoal, trace: str, outcome: Outcome[ReplicaPlan]) -> dict[str, Any]:
-    """Returns the plans for a rate of queries as JSON; `trace` names the file of the arrivals, or is empty."""
+    """Returns the plans for a rate of queries as JSON.
+
+    `trace` is the path of the file with the times of arrival, and is empty if the queries arrive at random times.
+    """
     body = {"qps": goal.load.qps, "p99_ms": round(1000 * goal.p99_s, 6), "trace": trace or None, "price": goal.price}
     return _json(body, outcome, replica_assumptions(result, goal, trace, outcome.plans))
 

@@ -1,8 +1,8 @@
 """Shell completion: built variants, imported models, error codes and files.
 
-The shell waits for these functions while the user types. So they are fast: they read only the names of folders and
-one result file, and import no large library. If a folder or the file cannot be read, they return no completion, because
-a message would appear in the middle of the user's line.
+The shell calls these functions when the user presses the Tab key, and the user waits for the answer. So the functions
+read only the names of folders and at most one result file, and import no large library. If a folder or the file cannot
+be read, the functions return no completion, because a message would appear in the middle of the user's line.
 """
 
 from __future__ import annotations

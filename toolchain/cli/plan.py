@@ -99,12 +99,13 @@ def plan(
       toolchain plan result.json --trace arrivals.csv --p99-ms 50
     """
     from toolchain.capacity.outcome import choose_rows
+    from toolchain.results.providers import is_on_gpu
     from toolchain.results.result_file import ResultFile
 
     _check_usage(rows, within, qps, p99_ms, trace, trace_column)
     measured = ResultFile.read(result)
     cells = choose_rows(measured, variants)
-    if price is not None and len({row.provider == "cpu" for row in cells}) == 2:
+    if price is not None and len({is_on_gpu(row.provider) for row in cells}) == 2:
         raise click.UsageError(
             "--price is the price of a core or of a GPU, but the result file has rows for both. Choose cells with "
             f"--variant, such as --variant {cells[0].cell}."

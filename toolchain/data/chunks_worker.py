@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow
 
 from toolchain.data.columnar import HINT
-from toolchain.data.columnar_worker import BATCH_BYTES, ArrowStream, ParquetFile, find_long_row
+from toolchain.data.columnar_worker import BATCH_BYTES, ArrowStream, FileWorker, ParquetFile
 from toolchain.data.files import SURROGATE, text_of
 from toolchain.data.tables import (
     FORMATS,
-    LONG_ROW_HINT,
     RowFault,
     RowLines,
     Table,
@@ -24,7 +22,7 @@ from toolchain.data.tables import (
     kind_of,
     open_text,
 )
-from toolchain.errors import DataError, first_line
+from toolchain.errors import DataError
 from toolchain.system.serving import limit_memory, serve
 
 BATCH_ROWS = 1024  # largest number of rows of a text file that are converted at once
@@ -52,21 +50,11 @@ class _Rows:
         return _Rows(self.table.slice(start, count), self.values[start : start + count])
 
 
-class Worker:
-    """Reads the chunks of one file after the other; the public methods answer the parent's messages.
-
-    Args:
-        row_bytes: Largest number of bytes of a row.
-        memory_bytes: Number of bytes that this process may allocate, for error messages.
-    """
-
-    ready: Mapping[str, Any] = {}
-
-    def __init__(self, row_bytes: int, memory_bytes: int) -> None:
-        self._row_bytes, self._memory_bytes = row_bytes, memory_bytes
+class Worker(FileWorker):
+    """Reads the chunks of one file after the other."""
 
     def open(self, file: str) -> dict[str, Any]:
-        """Opens a file and returns its ``columns``: the name and the type of each column."""
+        """Opens a file, and returns the name and the type of each column under the key ``columns``."""
         self._table = Table(file)
         self._is_columnar = kind_of(file) in COLUMNAR
         with self._convert_errors():
@@ -182,9 +170,7 @@ class Worker:
     def _columnar_rows(self) -> Iterator[_Rows]:
         count = 0
         for batch in self._file.batches(self._columns):
-            index = find_long_row(batch, self._row_bytes)
-            if index is not None:
-                raise self._long_row_error(count + index + 1)
+            self._require_short_rows(batch, count)
             count += batch.num_rows
             table = pyarrow.Table.from_batches([batch]).select(self._columns).replace_schema_metadata(None)
             values = [batch.column(name).to_pylist() for name in self._names]
@@ -240,21 +226,6 @@ class Worker:
             if names:
                 break
         return names
-
-    def _long_row_error(self, number: int) -> DataError:
-        return self._table.row_error(number, f"the row has more than {self._row_bytes:,} bytes", LONG_ROW_HINT)
-
-    @contextmanager
-    def _convert_errors(self) -> Iterator[None]:
-        """Converts errors of the operating system and of pyarrow to `DataError`."""
-        file = self._table.file
-        try:
-            with convert_read_errors(file):
-                yield
-        except MemoryError as error:
-            raise DataError(f"{file} needs more than {self._memory_bytes / 1e6:.0f} MB to read.", HINT) from error
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{file} cannot be read: {first_line(error).rstrip('.')}.", HINT) from error
 
 
 def _append_texts(table: Any, texts: Sequence[Sequence[str]]) -> Any:

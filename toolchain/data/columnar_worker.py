@@ -82,19 +82,47 @@ class ArrowStream:
                     yield batch.slice(start, count)
 
 
-class Worker:
-    """Reads the files of one table; the public methods answer the parent's messages.
+class FileWorker:
+    """Reads files for a parent process; the public methods of a subclass answer the parent's messages.
 
     Args:
-        row_bytes: Largest number of bytes of the chosen columns of a row.
+        row_bytes: Largest number of bytes of a row.
         memory_bytes: Number of bytes that this process may allocate, for error messages.
     """
 
     ready: Mapping[str, Any] = {}
+    _table: Table  # the file that is being read
 
     def __init__(self, row_bytes: int, memory_bytes: int) -> None:
-        self._row_bytes = row_bytes
-        self._memory_bytes = memory_bytes
+        self._row_bytes, self._memory_bytes = row_bytes, memory_bytes
+
+    def _require_short_rows(self, batch: Any, count: int) -> None:
+        """Raises `DataError` if a row of the batch is too long; `count` rows precede the batch."""
+        index = find_long_row(batch, self._row_bytes)
+        if index is not None:
+            raise self._long_row_error(count + index + 1)
+
+    def _long_row_error(self, number: int) -> DataError:
+        return self._table.row_error(number, f"the row has more than {self._row_bytes:,} bytes", LONG_ROW_HINT)
+
+    @contextmanager
+    def _convert_errors(self) -> Iterator[None]:
+        """Converts errors of the operating system and of pyarrow to `DataError`."""
+        file = self._table.file
+        try:
+            with convert_read_errors(file):
+                yield
+        except MemoryError as error:
+            raise DataError(f"{file} needs more than {self._memory_bytes / 1e6:.0f} MB to read.", HINT) from error
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{file} cannot be read: {first_line(error).rstrip('.')}.", HINT) from error
+
+
+class Worker(FileWorker):
+    """Reads the chosen columns of the files of one table."""
+
+    def __init__(self, row_bytes: int, memory_bytes: int) -> None:
+        super().__init__(row_bytes, memory_bytes)
         self._first: Table | None = None
         self._columns: set[str] = set()
         self._kinds: dict[str, tuple[str, Sequence[str]]] = {}
@@ -167,27 +195,6 @@ class Worker:
                 size += row_size
             count += batch.num_rows
             yield rows, max(size, batch.nbytes)
-
-    def _require_short_rows(self, batch: Any, count: int) -> None:
-        """Raises `DataError` if a row of the batch is too long; `count` rows precede the batch."""
-        index = find_long_row(batch, self._row_bytes)
-        if index is not None:
-            raise self._long_row_error(count + index + 1)
-
-    def _long_row_error(self, number: int) -> DataError:
-        return self._table.row_error(number, f"the row has more than {self._row_bytes:,} bytes", LONG_ROW_HINT)
-
-    @contextmanager
-    def _convert_errors(self) -> Iterator[None]:
-        """Converts errors of the operating system and of pyarrow to `DataError`."""
-        file = self._table.file
-        try:
-            with convert_read_errors(file):
-                yield
-        except MemoryError as error:
-            raise DataError(f"{file} needs more than {self._memory_bytes / 1e6:.0f} MB to read.", HINT) from error
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{file} cannot be read: {first_line(error).rstrip('.')}.", HINT) from error
 
 
 def _class_names(schema: Any, file: str) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.data.files import Texts
-from toolchain.distributed import RESUME_HINT, parts, remote
+from toolchain.distributed import RESUME_HINT, parts, ray_data, remote
 from toolchain.distributed.remote import Scorer, StoredFiles
 from toolchain.errors import ClusterError, ToolchainError
 from toolchain.predict import split_windows
@@ -81,7 +81,6 @@ class Driver:
         """
         workers = self._count_workers()
         with _translate_errors():
-            _prepare_ray_data()
             stored_files = store_files(Path(folder), files)
             inputs = [parts.to_rest(rest) for rest in rests]
             self._records = parts.score_parts(workers, len(self._nodes), stored_files, Job(**job), inputs)
@@ -165,25 +164,14 @@ def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, d
     the remaining actors.
     """
     import ray
-    from ray.data import ActorPoolStrategy, DataContext, Datasource, read_datasource
-    from ray.data.block import BlockMetadata
-    from ray.data.datasource import ReadTask
+    from ray.data import ActorPoolStrategy, DataContext, read_datasource
 
-    class Windows(Datasource):
-        """A Ray data source, in which each window of texts is one block with one row."""
-
-        def estimate_inmemory_data_size(self) -> None:
-            return None
-
-        def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
-            metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-            return [ReadTask(lambda: _read_windows(texts, done, window), metadata)]
-
-    _prepare_ray_data()
+    ray_data.prepare()
     DataContext.get_current().execution_options.preserve_order = True
     count, threads = workers
     this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    dataset = read_datasource(Windows(), override_num_blocks=1, num_cpus=0, label_selector=this_node)
+    source = ray_data.source_of([lambda: _read_windows(texts, done, window)])
+    dataset = read_datasource(source, override_num_blocks=1, num_cpus=0, label_selector=this_node)
     scores = dataset.map_batches(
         Scorer,
         fn_constructor_args=(model, texts, threads),
@@ -192,17 +180,7 @@ def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, d
         batch_format="pyarrow",
         num_cpus=threads,
     )
-    for batch in scores.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch["rows"].to_pylist()
-
-
-def _prepare_ray_data() -> None:
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    context.raise_original_map_exception = True
-    context.target_max_block_size = 1  # A block size limit of one byte keeps Ray from merging blocks.
+    yield from ray_data.values_of(scores, "rows")
 
 
 def _read_windows(texts: Texts, done: int, window: int) -> Iterator[Any]:

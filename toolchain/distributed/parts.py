@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.data.chunks import Columns, open_reader
 from toolchain.data.sources import InputFile
+from toolchain.distributed import ray_data
 from toolchain.distributed.remote import StoredFiles, load_stored_model
 from toolchain.errors import ClusterError
 from toolchain.predict.chunk_scoring import ChunkScorer, Job, Rest, read_rest
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 READ_TASKS = 2  # largest number of tasks for each node that read input files at the same time
-# How often Ray starts an actor again, or repeats the reading of a file, after the death of a process. The number of
-# repetitions of a chunk has no limit of its own: while a node is lost, each call of its actors fails at once.
+# Largest number of times that Ray starts an actor again, or reads a file again, after a process died. The attempts for
+# a chunk are not limited: when a node is lost, all calls of its actors fail at once, and would soon use up a limit.
 RESTARTS = 10
 
 
@@ -110,19 +111,7 @@ def score_parts(
         rests: The input files.
     """
     import ray
-    from ray.data import ActorPoolStrategy, Datasource, read_datasource
-    from ray.data.block import BlockMetadata
-    from ray.data.datasource import ReadTask
-
-    class InputFiles(Datasource):
-        """A Ray data source, in which each chunk of an input file is one block with one row."""
-
-        def estimate_inmemory_data_size(self) -> None:
-            return None
-
-        def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
-            metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-            return [ReadTask(functools.partial(_read_chunks, rest, job), metadata) for rest in rests]
+    from ray.data import ActorPoolStrategy, read_datasource
 
     is_local = any(rest.file.url is None for rest in rests)
     this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()} if is_local else None
@@ -130,8 +119,9 @@ def score_parts(
         task = ray.remote(_first_columns).options(num_cpus=0, label_selector=this_node, max_retries=RESTARTS)
         job = replace(job, columns=ray.get(task.remote(rests[0].file, job)))
     count, threads = workers
+    ray_data.prepare()
     dataset = read_datasource(
-        InputFiles(),
+        ray_data.source_of([functools.partial(_read_chunks, rest, job) for rest in rests]),
         override_num_blocks=len(rests),
         num_cpus=0,
         concurrency=READ_TASKS * (1 if is_local else nodes),
@@ -147,5 +137,4 @@ def score_parts(
         num_cpus=threads,
         max_restarts=RESTARTS,
     )
-    for batch in records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch["record"].to_pylist()
+    yield from ray_data.values_of(records, "record")

@@ -166,10 +166,10 @@ def _pruning_notes(rows: Sequence[Row]) -> list[str]:
         for row in pruned:
             if gain := speedup_over_unpruned(row, rows):
                 machine = f" on {machine_name(row)}" if has_several_machines(rows) else ""
-                gain_text = f"{row.measurement.cell} {gain[1].value:.2f}× over {gain[0]}"
+                gain_text = f"{row.measurement.cell} is {gain[1].value:.2f} times as fast as {gain[0]}"
                 gains.setdefault(machine, []).append(gain_text)
         cells = ", ".join(dict.fromkeys(row.measurement.cell for row in pruned))
-        measured = [f". Measured speed-up at batch 1{machine}: {', '.join(texts)}" for machine, texts in gains.items()]
+        measured = [f". Measured at batch 1{machine}: {', '.join(texts)}" for machine, texts in gains.items()]
         lines.append(f"{cells}: {text}{''.join(measured)}.")
     return lines
 
